@@ -1,0 +1,133 @@
+# The whole pipeline: one target per stage, one folder per target. `make help` lists them.
+
+RECIPE = cpu##               recipe: the folder below configs/ whose YAML files are read
+RUN = runs/$(RECIPE)##       folder of the run; one subfolder per stage
+ARGS =##                     settings for the stages named on the command line, as in --kl.coef=0.1
+FORCE =##                    1 rebuilds the stages named on the command line (with 'all': all)
+NPROC = 1##                  processes of a stage
+ACCELERATE_CONFIG =##        accelerate's YAML for GPUs and clusters, as in configs/accelerate/ddp.yaml
+SEEDS = 1 2 3##              seeds of 'make seeds'
+MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
+PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless another is named
+
+STAGES := data tokenizer pretrain sft reward ppo evaluate report
+
+.DEFAULT_GOAL := all
+.PHONY: all $(STAGES) seeds chat install test check format gpu-check help always
+.PRECIOUS: $(STAGES:%=$(RUN)/%/manifest.json)
+.SUFFIXES:
+
+ifneq ($(words $(RUN)),1)
+$(error RUN must be one folder without spaces, got '$(RUN)')
+endif
+ifeq ($(wildcard configs/$(RECIPE)/*.yaml),)
+$(error no recipe configs/$(RECIPE); recipes here: $(patsubst configs/%/data.yaml,%,$(wildcard configs/*/data.yaml)))
+endif
+ifneq ($(shell expr '$(NPROC)' : '[1-9][0-9]*$$'),$(strip $(shell printf %s '$(NPROC)' | wc -c)))
+$(error NPROC must be a whole number of at least 1, got '$(NPROC)')
+endif
+ifneq ($(ACCELERATE_CONFIG),$(wildcard $(ACCELERATE_CONFIG)))
+$(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
+endif
+
+# Stages named on the command line: ARGS and FORCE reach these and no other.
+named := $(if $(filter all,$(or $(MAKECMDGOALS),all)),$(STAGES),$(filter $(STAGES),$(MAKECMDGOALS)))
+force := $(filter-out 0,$(FORCE))
+
+all: $(STAGES)                         ## the whole chain, from raw text to the report (the default)
+data: $(RUN)/data/manifest.json           ## fetch and prepare the data sets
+tokenizer: $(RUN)/tokenizer/manifest.json ## train the tokenizer
+pretrain: $(RUN)/pretrain/manifest.json   ## train a language model from random weights
+sft: $(RUN)/sft/manifest.json             ## teach it to reply
+reward: $(RUN)/reward/manifest.json       ## train the reward model on human ratings
+ppo: $(RUN)/ppo/manifest.json             ## align the model with PPO
+evaluate: $(RUN)/evaluate/manifest.json   ## compare the aligned model with the one before
+report: $(RUN)/report/manifest.json       ## write report/index.html
+
+# A stage reruns when a parent's manifest or its own YAML is newer than its own manifest.
+parents_tokenizer := data
+parents_pretrain := data tokenizer
+parents_sft := data pretrain
+parents_reward := data sft
+parents_ppo := data sft reward
+parents_evaluate := data pretrain sft reward ppo
+parents_report := data tokenizer pretrain sft reward ppo evaluate
+
+# Arguments of a stage: every process gets the same.
+settings = --recipe=$(RECIPE) --run=$(RUN) \
+	$(if $(filter $1,$(named)),$(if $(force),--force=true) $(ARGS))
+
+# One process is plain Python; several on processors go through torchrun's launcher; GPUs and
+# machines are accelerate's to launch.
+ifneq ($(ACCELERATE_CONFIG),)
+processes := $(if $(filter 1,$(NPROC)),$(shell sed -n 's/^num_processes: *//p' $(ACCELERATE_CONFIG)),$(NPROC))
+launch = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE_CONFIG) \
+	--num_processes $(processes) -m stages.$1 --num_processes=$(processes)
+else ifneq ($(NPROC),1)
+launch = ACCELERATE_USE_CPU=1 $(PYTHON) -m pipeline.launch $(NPROC) stages.$1 --num_processes=$(NPROC)
+else
+launch = $(PYTHON) -m stages.$1
+endif
+
+venv := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
+
+define rule
+$(RUN)/$1/manifest.json: configs/$(RECIPE)/$1.yaml $(parents_$1:%=$(RUN)/%/manifest.json) \
+		$(if $(force)$(strip $(ARGS)),$(if $(filter $1,$(named)),always)) | $(venv)
+	@$$(call launch,$1) $$(call settings,$1)
+endef
+$(foreach stage,$(STAGES),$(eval $(call rule,$(stage))))
+
+always:
+
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+seeds: $(venv) ## whole runs with SEEDS in folders of their own, and one table with intervals
+	@$(PYTHON) -m stages.seeds --recipe=$(RECIPE) --run=$(RUN) --num_processes=$(NPROC) \
+		--seeds="[$(subst $(space),$(comma),$(strip $(SEEDS)))]" $(if $(force),--force=true) $(ARGS)
+
+chat: $(venv) ## talk to a model in the terminal
+	@$(PYTHON) -m stages.chat --models $(MODELS) $(ARGS)
+
+# --- Installation: the first Python of 3.11 or newer that is found makes .venv.
+
+install: $(venv) ## build .venv (every other target does so when it is missing)
+
+.venv/installed: pyproject.toml constraints.txt
+	@python=; for name in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	  $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$$name && break; \
+	done; \
+	test -n "$$python" || { echo "Python 3.11 or newer is needed and none is on PATH (python3 is: $$(python3 --version 2>&1 | tail -n 1)). Install one and put it on PATH" >&2; exit 2; }; \
+	$$python -c 'import venv, ensurepip' 2>/dev/null || { echo "$$python lacks the modules venv and ensurepip. Install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }; \
+	$$python -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# --- Quality
+
+test: $(venv) ## run the tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist=loadfile $(ARGS)
+
+check: $(venv) ## format, lint, types, imports, dead code
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(PYTHON) -m vulture
+
+format: $(venv) ## format the code and mend what the linter can
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+gpu-check: $(venv) ## run the tests that need a GPU
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PYTHON) -m pytest -m gpu $(ARGS); \
+	else echo "gpu-check: no GPU here, nothing was tested"; fi
+
+help: ## this list
+	@echo "make [target] [VARIABLE=value]"; echo; echo "Targets:"
+	@awk -F ':.*## *' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@echo; echo "Variables (with their defaults):"
+	@awk -F ' *## *' '/^[A-Z_]+ =.*##/ {printf "  %-30s %s\n", $$1, $$2}' Makefile
