@@ -1,0 +1,42 @@
+"""When, where and with what a stage ran: the part of a manifest that no digest covers."""
+
+import datetime
+import importlib.metadata
+import platform
+import resource
+import shutil
+import subprocess
+from typing import Any
+
+from pipeline.config import StageConfig
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
+
+
+def peak_memory_gib() -> float:
+    """Returns the largest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def circumstances(*, seconds: float, config: StageConfig) -> dict[str, Any]:
+    """Returns time, host, commit, versions, processes, wall seconds and memory, as plain JSON."""
+    return {
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "num_processes": config.num_processes,
+        "wall_seconds": round(seconds, 2),
+        "peak_memory_gib": round(peak_memory_gib(), 3),
+        "overrides": list(config.overrides),
+    }
+
+
+def _git_commit() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    words = [git, "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,157 @@
+"""Configuration: one YAML file per stage plus dotted overrides, as one frozen dataclass.
+
+The only module that knows jsonargparse.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.errors import UserError
+
+CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides")
+"""Fields that say where and how a stage runs; they do not change what it makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every stage can be told."""
+
+    recipe: str = "cpu"
+    """Recipe: the folder below configs/ whose YAML files are read."""
+    run: str = ""
+    """Run folder; runs/<recipe> when empty."""
+    seed: int = 1
+    """Seed of every random stream of the stage; each stream derives its own generator from it."""
+    threads: int = 0
+    """Threads of one process; 0 divides the processor's cores by the number of processes."""
+    num_processes: int = 1
+    """Processes that were launched; the stage refuses to run when another number is connected."""
+    force: bool = False
+    """Rebuild a finished folder even when it was made with other command-line settings."""
+    tracking: str = "wandb"
+    """Experiment tracker beside metrics.jsonl: wandb (offline without a key) or none."""
+    overrides: tuple[str, ...] = ()
+    """Command-line words that changed what the stage makes; filled by `load`, not an option."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder that holds one subfolder per stage."""
+        return Path(self.run or f"runs/{self.recipe}")
+
+    def folder(self, stage: str) -> Path:
+        """Folder of a stage of this run."""
+        return self.run_dir / stage
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what the stage makes, as plain JSON values."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in CIRCUMSTANCES}
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed: must be at least 0, got {self.seed}")
+        require(self.threads >= 0, f"threads: must be at least 0, got {self.threads}")
+        require(
+            self.num_processes >= 1, f"num_processes: must be at least 1, got {self.num_processes}"
+        )
+        require(
+            self.tracking in ("wandb", "none"),
+            f"tracking: must be wandb or none, got {self.tracking!r}",
+        )
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def load(config_class: type[C], argv: Sequence[str] | None = None, *, stage: str) -> C:
+    """Returns the stage's configuration: defaults, then the recipe's YAML, then the command line.
+
+    Args:
+        config_class: frozen dataclass whose field docstrings are the documentation.
+        argv: command-line words after the program's name; those of sys.argv when None.
+        stage: name of the stage; its YAML is configs/<recipe>/<stage>.yaml.
+
+    Raises:
+        UserError: unknown key, wrong type, value out of range, or a recipe without that file.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    path = Path("configs") / _recipe_of(words) / f"{stage}.yaml"
+    parser = _parser(config_class, stage=stage, path=path)
+    if any(word in ("-h", "--help") for word in words):
+        parser.parse_args(["--help"])
+    if not path.is_file():
+        raise UserError(f"no configuration {path}; recipes with this stage: {_recipes(stage)}")
+    import argparse
+
+    try:
+        values = vars(parser.instantiate(parser.parse_args(words)))
+        names = {field.name for field in dataclasses.fields(config_class)}
+        settings = {key: value for key, value in values.items() if key in names}
+        return config_class(**settings, overrides=overrides(words))
+    except (UserError, argparse.ArgumentError, ValueError, TypeError) as error:
+        raise UserError(f"{path} or command line: {_cause(error)}") from error
+
+
+def overrides(argv: Sequence[str]) -> tuple[str, ...]:
+    """Returns the command-line words that change what a stage makes, in canonical order."""
+    pairs = _pairs(argv)
+    return tuple(
+        sorted(f"{key}={value}" for key, value in pairs if key.split(".")[0] not in CIRCUMSTANCES)
+    )
+
+
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Splits `--key=value`, `--key value` and `--flag` words into pairs."""
+    pairs: list[tuple[str, str]] = []
+    for word in argv:
+        if word.startswith("--"):
+            key, _, value = word[2:].partition("=")
+            pairs.append((key, value))
+        elif pairs:
+            key, value = pairs[-1]
+            pairs[-1] = (key, f"{value} {word}".strip())
+    return pairs
+
+
+def _recipe_of(words: Sequence[str]) -> str:
+    recipes = [value for key, value in _pairs(words) if key == "recipe" and value]
+    return recipes[-1] if recipes else "cpu"
+
+
+def _recipes(stage: str) -> str:
+    return ", ".join(sorted(p.parent.name for p in Path("configs").glob(f"*/{stage}.yaml"))) or "-"
+
+
+def _parser(config_class: type[StageConfig], *, stage: str, path: Path) -> Any:
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m stages.{stage}",
+        description=(sys.modules[config_class.__module__].__doc__ or "").strip(),
+        formatter_class=jsonargparse.DefaultHelpFormatter,
+        exit_on_error=False,
+        default_env=False,
+        default_config_files=[str(path)] if path.is_file() else [],
+    )
+    parser.add_class_arguments(config_class, None, skip={"overrides"})
+    return parser
+
+
+def _cause(error: BaseException) -> str:
+    """The message of the UserError behind a parser's error, or the parser's own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error)

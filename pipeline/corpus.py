@@ -1,0 +1,90 @@
+"""Documents as packed rows of tokens, for pretraining."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text as packed rows, and what it took to make them."""
+
+    rows: "Tensor"
+    num_documents: int
+    num_tokens: int
+    num_dropped: int
+    num_bytes: int
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens, special ones included, per UTF-8 byte of what people wrote."""
+        return self.num_tokens / max(1, self.num_bytes)
+
+
+def pack(documents: Iterable[Sequence[int]], *, length: int) -> tuple["Tensor", int]:
+    """Returns the concatenated documents cut into rows of one length, and the tokens left over."""
+    import torch
+
+    stream = torch.tensor([token for document in documents for token in document])
+    num_rows = len(stream) // length
+    return stream[: num_rows * length].view(num_rows, length), len(stream) - num_rows * length
+
+
+def read_corpus(path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int) -> Corpus:
+    """Returns a file of text rows as packed rows."""
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the data stage made no text rows. Run: make data")
+    documents = pyarrow.parquet.read_table(path).to_pylist()
+    tokens = encode_documents(tokenizer, documents)
+    num_tokens = sum(map(len, tokens))
+    if num_tokens < length:
+        raise UserError(
+            f"{path} holds {num_tokens} tokens, less than one row of sequence_length {length}"
+        )
+    rows, dropped = pack(tokens, length=length)
+    num_bytes = sum(len(text.encode()) for text in texts_of(documents))
+    return Corpus(rows, len(documents), num_tokens, dropped, num_bytes)
+
+
+def texts_of(documents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns what people wrote, without the chat template."""
+    return [
+        text
+        for document in documents
+        for text in (
+            [message["content"] for message in document["messages"]]
+            if document.get("messages")
+            else [document["text"]]
+        )
+    ]
+
+
+def encode_documents(
+    tokenizer: "PreTrainedTokenizerFast", documents: Iterable[Mapping[str, Any]]
+) -> list[list[int]]:
+    """Returns token ids of conversations in the chat template, or of plain texts up to EOS."""
+    rendered = [
+        tokenizer.apply_chat_template(document["messages"], tokenize=False)
+        if document.get("messages")
+        else document["text"].strip() + tokenizer.eos_token
+        for document in documents
+    ]
+    ids: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def stack(rows: Sequence["Tensor"]) -> dict[str, "Tensor"]:
+    """Returns packed rows as a batch whose every token is a label."""
+    import torch
+
+    ids = torch.stack(list(rows))
+    return {"input_ids": ids, "labels": ids}

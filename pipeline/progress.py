@@ -1,0 +1,23 @@
+"""Progress bars: shown on the main process, with rate and time left."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from pipeline.distributed import is_main
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], *, total: int, description: str, initial: int = 0) -> Iterator[T]:
+    """Yields the items while a bar shows how many are done, their rate and the time left."""
+    from tqdm import tqdm
+
+    yield from tqdm(
+        items,
+        total=total,
+        initial=initial,
+        desc=description,
+        disable=not is_main(),
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )

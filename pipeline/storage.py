@@ -1,0 +1,76 @@
+"""Files on disk: JSON written atomically, digests, and what a folder holds."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+UNDIGESTED = ("manifest.json", "README.md", "timings.jsonl", "point.json")
+"""Files that may differ between two runs of the same content, and the records of digests."""
+CHECKPOINTS = "checkpoints"
+"""Folder of resume points; the artifact's digest does not cover them."""
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds; raises UserError when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False, default=plain)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Returns the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def plain(value: Any) -> Any:
+    """Returns a dataclass, a path or a number of numpy or torch as plain JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    return value.item()
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns digest and size of every file below a folder that digests cover."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        skipped = name in UNDIGESTED or path.name.startswith(".")
+        if not skipped and not name.startswith(f"{CHECKPOINTS}/"):
+            files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+    return files

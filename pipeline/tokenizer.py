@@ -1,0 +1,153 @@
+"""The tokenizer: byte-level BPE training, the chat template, the one text path of all stages."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.cleaning import MARKERS
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+PAD, END, SYSTEM, USER, ASSISTANT = MARKERS
+SMALLEST_VOCABULARY = 256 + len(MARKERS)
+"""Every byte and every special token: with these, no text is unknown."""
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] | trim + '<|end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] | trim + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
+"""`<|role|>content<|end|>` for each message; a reply and its end lie between generation markers."""
+
+Prompt = str | Sequence[dict[str, str]]
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> "Tokenizer":
+    """Returns a byte-level BPE tokenizer trained on the texts, special tokens and template set.
+
+    The vocabulary is smaller than asked for where the texts have no more pairs to merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(MARKERS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        extra_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+
+
+def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> list[int]:
+    """Returns the prompt's token ids in the chat template, up to where a reply begins.
+
+    Args:
+        tokenizer: any tokenizer with a chat template.
+        prompt: a user's text, or messages that end with the user's.
+    """
+    return list(
+        tokenizer.apply_chat_template(
+            _messages(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+    )
+
+
+def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, str]]) -> list[int]:
+    """Returns the reply's token ids, EOS included: what the policy is meant to write.
+
+    Args:
+        tokenizer: any tokenizer with an EOS token.
+        response: a text, or the assistant's message in a list of one.
+    """
+    text = response if isinstance(response, str) else response[0]["content"]
+    ids: list[int] = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_conversation(
+    tokenizer: "Tokenizer", messages: Sequence[dict[str, str]]
+) -> tuple[list[int], list[bool]]:
+    """Returns a conversation's token ids, and True for each the assistant writes, EOS included."""
+    encoded = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(encoded["input_ids"]), [bool(value) for value in encoded["assistant_masks"]]
+
+
+def decode_response(tokenizer: "Tokenizer", ids: Sequence[int]) -> str:
+    """Returns the reply's text: everything before the first EOS, without special tokens."""
+    ids = list(ids)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip()
+
+
+def borrow_tokenizer(origin: str) -> "Tokenizer":
+    """Returns the tokenizer of a model folder or hub id, fit for this pipeline.
+
+    A missing PAD, or one that is EOS, is replaced by our own PAD token.
+
+    Raises:
+        UserError: there is no tokenizer, no chat template, no EOS, or a template that does not
+            mark what the assistant writes.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(origin)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"init_from: no tokenizer at {origin} ({str(error).splitlines()[0]})"
+        ) from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"init_from: the tokenizer of {origin} has no chat template; "
+            "take an instruction-tuned model's, or train one with init_from empty"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"init_from: the tokenizer of {origin} has no EOS token")
+    tokenizer.chat_template = _marked_template(tokenizer, origin)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
+def _marked_template(tokenizer: "Tokenizer", origin: str) -> str:
+    """Returns the chat template with generation markers: its own, or TRL's patched version."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    template: str = tokenizer.chat_template
+    if has_generation_markers(template):
+        return template
+    try:
+        patched: str | None = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise UserError(
+            f"init_from: the chat template of {origin} does not mark the assistant's tokens with "
+            "generation markers, and TRL knows no version that does; add them to the template"
+        ) from error
+    return patched or template
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
