@@ -1,0 +1,1 @@
+"""From raw sources to rows: `packages` fetch, `chitchat` and `ratings` parse, `formats` checks."""

@@ -1,0 +1,196 @@
+"""The row types, one Parquet file each per split, and the checks every row passes.
+
+    text               {"messages": [{"role", "content"}, ...]} or {"text"}
+    instructions       {"prompt", "completion"}; a {"messages"} row is cut before its last message
+    prompts            {"prompt"}
+    preferences        {"prompt", "chosen", "rejected", "margin"?}, or rankings
+                       {"prompts": [one], "set", "ids", "responses", "scores", "ratings"}
+    guard_preferences  the same, for a second reward model that only judges
+
+A prompt is a string or a list of messages that ends with the user's; a completion, chosen or
+rejected reply is a string or the assistant's message in a list of one. Every row has a `group`
+(conversation, document or text); in rankings of the recipe it is the name of the set.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.cleaning import clean
+from pipeline.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+
+Row = dict[str, Any]
+
+
+def write_rows(folder: Path, row_type: str, *, split: str, rows: Sequence[Row]) -> None:
+    """Writes `<row_type>-<split>.parquet`; no rows, no file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if rows:
+        table = pa.Table.from_pylist(list(rows))
+        parquet.write_table(table, folder / f"{row_type}-{split}.parquet")
+
+
+def read_rows(folder: Path, row_type: str, *, split: str) -> list[Row]:
+    """Returns the rows of one type and split.
+
+    Raises:
+        UserError: the data folder has no such rows.
+    """
+    from pyarrow import parquet
+
+    path = folder / f"{row_type}-{split}.parquet"
+    if not path.is_file():
+        raise UserError(f"{folder} has no {row_type} rows for {split}: configure them for data")
+    rows: list[Row] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def check_row(row: Any, row_type: str, *, where: str) -> Row:
+    """Returns the row in the form its Parquet file holds, texts cleaned, other columns left out.
+
+    Args:
+        row: what the user's file holds on one line.
+        row_type: one of the types above.
+        where: file and line, for the message.
+
+    Raises:
+        UserError: a column is missing, of the wrong type, or empty.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with columns, got {type(row).__name__}")
+    build = {
+        "text": _text,
+        "instructions": _instruction,
+        "prompts": _prompt,
+    }.get(row_type, _preference)
+    try:
+        checked = build(row)
+    except _BadRowError as error:
+        raise UserError(f"{where}: {error}") from None
+    checked["group"] = str(row.get("group") or row_texts(checked)[0])
+    return checked
+
+
+def texts_of(value: Any) -> list[str]:
+    """Returns the texts of a string or of a list of messages."""
+    return [value] if isinstance(value, str) else [message["content"] for message in value]
+
+
+def row_texts(row: Row) -> list[str]:
+    """Returns every text of a row of any type."""
+    names = ("messages", "text", "prompt", "completion", "chosen", "rejected")
+    texts = [text for name in names if name in row for text in texts_of(row[name])]
+    return [*row.get("prompts", []), *texts, *row.get("responses", [])]
+
+
+class _BadRowError(ValueError):
+    """What is wrong with a row, without the place."""
+
+
+def _text(row: Row) -> Row:
+    if "messages" in row:
+        return {"messages": _messages(row["messages"], "messages")}
+    return {"text": _string(row, "text")}
+
+
+def _instruction(row: Row) -> Row:
+    if "messages" in row and "prompt" not in row:
+        messages = _messages(row["messages"], "messages")
+        return _instruction({"prompt": messages[:-1], "completion": messages[-1:]})
+    return {"prompt": _prompt_value(row, "prompt"), "completion": _reply(row, "completion")}
+
+
+def _prompt(row: Row) -> Row:
+    return {"prompt": _prompt_value(row, "prompt")}
+
+
+def _preference(row: Row) -> Row:
+    if "responses" in row:
+        return _ranking(row)
+    pair: Row = {"prompt": _prompt_value(row, "prompt")}
+    pair |= {name: _reply(row, name) for name in ("chosen", "rejected")}
+    if pair["chosen"] == pair["rejected"]:
+        raise _BadRowError("chosen and rejected are the same text")
+    if row.get("margin") is not None:
+        pair["margin"] = _number(row["margin"], "margin")
+    return pair
+
+
+def _ranking(row: Row) -> Row:
+    prompts = row["prompts"] if "prompts" in row else [_prompt_value(row, "prompt")]
+    if not isinstance(prompts, list) or len(prompts) != 1 or not isinstance(prompts[0], str):
+        raise _BadRowError("a ranking has one prompt, a string")
+    responses, scores = row["responses"], row.get("scores")
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise _BadRowError("responses must be a list of at least two texts")
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise _BadRowError("scores must be a list as long as responses")
+    ids = row.get("ids") or [str(index) for index in range(len(responses))]
+    ratings = row.get("ratings") or [[] for _ in responses]
+    if len(ids) != len(responses) or len(ratings) != len(responses):
+        raise _BadRowError("ids and ratings must be lists as long as responses")
+    return {
+        "prompts": [_string({"prompt": prompts[0]}, "prompt")],
+        "set": str(row.get("set") or "own"),
+        "ids": [str(key) for key in ids],
+        "responses": [_string({"response": text}, "response") for text in responses],
+        "scores": [_number(score, "scores") for score in scores],
+        "ratings": [[round(_number(value, "ratings")) for value in given] for given in ratings],
+    }
+
+
+def _prompt_value(row: Row, name: str) -> str | list[dict[str, str]]:
+    if not isinstance(row.get(name), list):
+        return _string(row, name)
+    messages = _messages(row[name], name)
+    if messages[-1]["role"] != "user":
+        raise _BadRowError(f"{name} must end with a message of the user")
+    return messages
+
+
+def _reply(row: Row, name: str) -> str | list[dict[str, str]]:
+    value = [row[name]] if isinstance(row.get(name), dict) else row.get(name)
+    if not isinstance(value, list):
+        return _string(row, name)
+    messages = _messages(value, name)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise _BadRowError(f"{name} must be a text or one message of the assistant")
+    return messages
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise _BadRowError(f"{name} must be a list of messages, and not empty")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise _BadRowError(f"a message of {name} needs a role of {', '.join(ROLES)}")
+        messages.append({"role": message["role"], "content": _string(message, "content")})
+    return messages
+
+
+def _string(row: Row, name: str) -> str:
+    value = row.get(name)
+    if name not in row or value is None:
+        raise _BadRowError(f"{name} is missing")
+    if not isinstance(value, str):
+        raise _BadRowError(f"{name} must be a text, got {type(value).__name__}")
+    if not (text := clean(value)):
+        raise _BadRowError(f"{name} is empty")
+    return text
+
+
+def _number(value: Any, name: str) -> float:
+    """A finite number; CSV cells come as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise _BadRowError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise _BadRowError(f"{name} must be finite, got {value!r}")
+    return number

@@ -1,0 +1,1 @@
+"""One module per stage; stages meet only on disk and never import each other."""

@@ -1,0 +1,155 @@
+"""Trains a byte-level BPE tokenizer on the training split, or takes a model's.
+
+Reads runs/<recipe>/data. Writes runs/<recipe>/tokenizer, which AutoTokenizer.from_pretrained
+reads, chat template included.
+
+    make tokenizer             or   python -m stages.tokenizer --recipe=cpu
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import begin, open_artifact
+from pipeline.command import command
+from pipeline.config import StageConfig, require
+from pipeline.data.formats import read_rows, row_texts
+from pipeline.distributed import only_main
+from pipeline.errors import UserError
+from pipeline.tokenizer import (
+    SMALLEST_VOCABULARY,
+    borrow_tokenizer,
+    decode_response,
+    encode_conversation,
+    encode_response,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_EXAMPLES = 5
+"""Texts shown that do not survive encoding and decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """What the tokenizer is trained on, and how large it is."""
+
+    vocabulary_size: int = 4096
+    """Tokens, special ones and all 256 bytes included."""
+    rows: tuple[str, ...] = ("text", "preferences")
+    """Row types whose training split is read; the first one's validation split is measured on."""
+    init_from: str = ""
+    """Folder or hub id of a model whose tokenizer is taken as it is; empty trains one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.vocabulary_size >= SMALLEST_VOCABULARY,
+            f"vocabulary_size: must be at least {SMALLEST_VOCABULARY} (256 bytes and the special "
+            f"tokens), got {self.vocabulary_size}",
+        )
+        require(bool(self.rows), "rows: name at least one row type")
+
+
+def _texts(folder: Path, row_types: Sequence[str], *, split: str) -> list[str]:
+    return [
+        text
+        for row_type in row_types
+        for row in read_rows(folder, row_type, split=split)
+        for text in row_texts(row)
+    ]
+
+
+def _measure(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> dict[str, Any]:
+    """Returns bytes per token (EOS not counted) and the texts that do not round-trip."""
+    encoded = [encode_response(tokenizer, text) for text in texts]
+    num_tokens = sum(len(ids) - 1 for ids in encoded)
+    num_bytes = sum(len(text.strip().encode()) for text in texts)
+    lost = [
+        text
+        for text, ids in zip(texts, encoded, strict=True)
+        if decode_response(tokenizer, ids) != text.strip()
+    ]
+    return {
+        "bytes_per_token": num_bytes / max(1, num_tokens),
+        "num_texts": len(texts),
+        "num_bytes": num_bytes,
+        "num_tokens": num_tokens,
+        "not_round_tripping": len(lost),
+        "not_round_tripping_examples": lost[:NUM_EXAMPLES],
+    }
+
+
+def _check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Makes sure that the template marks a reply, and that replies end with EOS."""
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    ids, is_response = encode_conversation(tokenizer, messages)
+    response = [token for token, marked in zip(ids, is_response, strict=True) if marked]
+    if tokenizer.eos_token_id not in response:
+        raise UserError(
+            f"init_from: the chat template does not end a reply with the EOS token "
+            f"{tokenizer.eos_token!r} between its generation markers"
+        )
+
+
+def _card(config: Config, summary: dict[str, Any]) -> str:
+    origin = f"taken from {config.init_from}" if config.init_from else "byte-level BPE, trained on "
+    if not config.init_from:
+        origin += f"the training split of {', '.join(config.rows)}"
+    return f"""# Tokenizer
+
+{origin[0].upper()}{origin[1:]}. {summary["vocabulary_size"]:,} tokens; PAD is not EOS.
+
+| on validation | |
+|---|---:|
+| bytes per token | {summary["bytes_per_token"]:.3f} |
+| texts | {summary["num_texts"]:,} |
+| texts that do not round-trip | {summary["not_round_tripping"]:,} |
+
+`AutoTokenizer.from_pretrained` loads this folder. The chat template marks the assistant's tokens
+(`apply_chat_template(..., return_assistant_tokens_mask=True)`).
+"""
+
+
+def _make(config: Config, folder: Path) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer the configuration asks for, its template checked."""
+    if config.init_from:
+        tokenizer = borrow_tokenizer(config.init_from)
+    else:
+        texts = _texts(folder, config.rows, split="train")
+        tokenizer = train_tokenizer(texts, vocabulary_size=config.vocabulary_size)
+    _check_template(tokenizer)
+    return tokenizer
+
+
+def run(config: Config) -> None:
+    """Trains or takes the tokenizer, measures it on validation and saves it."""
+    if not only_main(config):
+        return
+    data = open_artifact(config.folder("data"), kind="dataset")
+    with begin(config, stage="tokenizer", kind="tokenizer", parents={"data": data}) as stage:
+        tokenizer = _make(config, data.path)
+        measured = _measure(tokenizer, _texts(data.path, config.rows[:1], split="validation"))
+        summary = {"vocabulary_size": len(tokenizer), **measured}
+        tokenizer.save_pretrained(stage.path)
+        figures = ("vocabulary_size", "bytes_per_token", "not_round_tripping")
+        stage.log(0, {f"tokenizer/{name}": float(summary[name]) for name in figures})
+        stage.finish(
+            f"{summary['vocabulary_size']:,} tokens, {summary['bytes_per_token']:.2f} bytes per "
+            f"token, {summary['not_round_tripping']} texts do not round-trip",
+            chosen={},
+            summary=summary,
+            card=_card(config, summary),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command line."""
+    return command(Config, run, argv, stage="tokenizer")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
