@@ -1,0 +1,76 @@
+"""The normalisation constants: mean and deviation of the scores of the SFT model's replies."""
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from pipeline.distributed import gather_objects, rank, world_size
+from pipeline.errors import UserError
+from pipeline.ppo.rollout import generate, uniforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def sample_replies(
+    model: "PreTrainedModel",
+    prompts: Sequence[list[int]],
+    *,
+    tokenizer: "PreTrainedTokenizerFast",
+    num_samples: int,
+    response_tokens: int,
+    max_length: int,
+    seed: int,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns prompts and the model's replies to them, in tokens; the processes share the work.
+
+    Args:
+        model: the SFT model.
+        prompts: token ids of all training prompts.
+        tokenizer: gives EOS and PAD.
+        num_samples: replies; each to another prompt while those last.
+        response_tokens: most tokens of a reply.
+        max_length: prompts are left out that leave no room for a whole reply.
+        seed: seed of the choice of prompts and of sampling.
+
+    Raises:
+        UserError: no prompt leaves room.
+    """
+    fitting = [ids for ids in prompts if len(ids) + response_tokens <= max_length]
+    if not fitting:
+        raise UserError(
+            f"normalisation.response_tokens: no prompt leaves room for {response_tokens} tokens "
+            f"within max_length {max_length}"
+        )
+    random.Random(f"{seed}/normalisation").shuffle(fitting)
+    chosen = [fitting[index % len(fitting)] for index in range(num_samples)]
+    mine = range(rank(), num_samples, world_size())
+    replies = generate(
+        model,
+        [chosen[row] for row in mine],
+        uniforms=uniforms(seed, update=0, rows=list(mine), positions=response_tokens),
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    found = dict(zip(mine, replies, strict=True))
+    for part in gather_objects(found):
+        found.update(part)
+    return chosen, [found[row] for row in range(num_samples)]
+
+
+def score_constants(scores: Float[np.ndarray, " sample"]) -> tuple[float, float]:
+    """Returns mean and standard deviation of the scores.
+
+    Raises:
+        UserError: all scores are the same.
+    """
+    std = float(np.std(scores))
+    if not std > 0:
+        raise UserError(
+            f"all {len(scores)} replies score {float(scores[0])}: the reward model learned "
+            "nothing. Raise training.learning_rate or training.epochs"
+        )
+    return float(np.mean(scores)), std

@@ -1,0 +1,273 @@
+"""Rankings and pairs from the data folder, as the trainer's features and batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from pipeline.data.formats import check_row, read_rows, texts_of
+from pipeline.errors import UserError
+from pipeline.reward.loss import comparisons, rater_targets
+from pipeline.tokenizer import encode_prompt, encode_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """K rated texts of one kind; a pair is a ranking of two."""
+
+    group: str
+    """Texts of the same group are comparable: a whole set that was rated on one scale, or a row."""
+    set: str
+    """Name the report shows the texts under."""
+    prompts: list[Any]
+    """Prompt of each response: a string or a list of messages."""
+    responses: list[str]
+    """The rated texts."""
+    scores: list[float]
+    """Mean rating of each text."""
+    ratings: list[list[int]] | None
+    """Every rater's rating of each text, where they are known."""
+
+
+def read_rankings(folder: Path, row_type: str, *, split: str) -> list[Ranking]:
+    """Returns the rankings and pairs of a data folder's split.
+
+    Raises:
+        UserError: there are none, or a row is malformed; the row is named.
+    """
+    rankings = []
+    for index, row in enumerate(read_rows(folder, row_type, split=split)):
+        where = f"{folder / row_type}-{split}.parquet row {index}"
+        present = {name: value for name, value in row.items() if value is not None}
+        checked = check_row(present, row_type, where=where)
+        rankings.append(_ranking(checked) if "responses" in checked else _pair(checked, where))
+    return rankings
+
+
+def _ranking(row: dict[str, Any]) -> Ranking:
+    """Texts with individual ratings share their set's scale; others compare within the row."""
+    rated = all(row["ratings"])
+    return Ranking(
+        group=row["set"] if rated else f"{row['set']}: {row['prompts'][0]}",
+        set=row["set"],
+        prompts=row["prompts"] * len(row["responses"]),
+        responses=row["responses"],
+        scores=row["scores"],
+        ratings=row["ratings"] if rated else None,
+    )
+
+
+def _pair(row: dict[str, Any], where: str) -> Ranking:
+    margin = row.get("margin", 1.0)
+    if not margin > 0:
+        raise UserError(f"{where}: margin must be above 0, got {margin}")
+    return Ranking(
+        group=where,
+        set="pairs",
+        prompts=[row["prompt"]] * 2,
+        responses=[texts_of(row[name])[0] for name in ("chosen", "rejected")],
+        scores=[margin, 0.0],
+        ratings=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Rankings with the token ids of each prompt + response, EOS last."""
+
+    rankings: list[Ranking]
+    """Rankings of the texts that fit, each of at least two."""
+    sequences: list[list[list[int]]]
+    """Token ids of every text of every ranking."""
+    lowered: list[list[list[int]]]
+    """The same with the response in lower case."""
+    starts: list[list[int]]
+    """Place of the first response token in each of them."""
+    num_dropped: int
+    """Texts that are longer than allowed, or were left alone in their ranking."""
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Token ids of all texts, ranking after ranking."""
+        return [ids for sequences in self.sequences for ids in sequences]
+
+
+def encode(
+    rankings: Sequence[Ranking], *, tokenizer: "PreTrainedTokenizerFast", max_length: int
+) -> Encoded:
+    """Returns the rankings in tokens, without texts longer than max_length tokens."""
+    kept, encoded, lowered, starts, num_texts = [], [], [], [], 0
+    for ranking in rankings:
+        num_texts += len(ranking.responses)
+        prompts = {str(prompt): encode_prompt(tokenizer, prompt) for prompt in ranking.prompts}
+        sequences = [
+            prompts[str(prompt)] + encode_response(tokenizer, response)
+            for prompt, response in zip(ranking.prompts, ranking.responses, strict=True)
+        ]
+        fitting = [index for index, ids in enumerate(sequences) if len(ids) <= max_length]
+        if len(fitting) >= 2:
+            kept.append(_only(ranking, fitting))
+            encoded.append([sequences[index] for index in fitting])
+            lowered.append(
+                [_lowered(ranking, index, sequences[index], tokenizer) for index in fitting]
+            )
+            starts.append([len(prompts[str(ranking.prompts[index])]) for index in fitting])
+    num_kept = sum(map(len, encoded))
+    return Encoded(
+        rankings=kept,
+        sequences=encoded,
+        lowered=lowered,
+        starts=starts,
+        num_dropped=num_texts - num_kept,
+    )
+
+
+def _lowered(
+    ranking: Ranking, index: int, ids: list[int], tokenizer: "PreTrainedTokenizerFast"
+) -> list[int]:
+    """Returns a text's token ids in lower case, or as it is where that would take more tokens."""
+    response = ranking.responses[index]
+    length = len(encode_response(tokenizer, response))
+    lower = encode_response(tokenizer, response.lower())
+    return ids[:-length] + lower if len(lower) <= length else ids
+
+
+def _only(ranking: Ranking, indices: Sequence[int]) -> Ranking:
+    def pick(values: list[Any]) -> list[Any]:
+        return [values[index] for index in indices]
+
+    return replace(
+        ranking,
+        prompts=pick(ranking.prompts),
+        responses=pick(ranking.responses),
+        scores=pick(ranking.scores),
+        ratings=ranking.ratings and pick(ranking.ratings),
+    )
+
+
+def features(encoded: Encoded, *, min_gap: float, soft: bool) -> list[dict[str, Any]]:
+    """Returns the trainer's rows: of each ranking token ids, and comparisons if it has any.
+
+    Args:
+        encoded: rankings in tokens.
+        min_gap: least difference of mean ratings that makes a comparison.
+        soft: targets are the raters' distribution; else the better text wins with probability 1.
+    """
+    rows = []
+    for ranking, sequences, lowered, starts in zip(
+        encoded.rankings, encoded.sequences, encoded.lowered, encoded.starts, strict=True
+    ):
+        better, worse = comparisons(torch.tensor(ranking.scores), min_gap=min_gap)
+        targets = torch.ones(len(better))
+        if soft and ranking.ratings is not None:
+            targets = rater_targets(ranking.ratings, better=better, worse=worse)
+        if len(better):
+            row = {"sequences": sequences, "lowered": lowered, "starts": starts}
+            rows.append(row | {"better": better, "worse": worse, "targets": targets})
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRankings:
+    """The trainer's rows in the order they are read, their responses varied at random.
+
+    What is varied is a function of the seed and the place in the order alone: the same on one
+    process or several, and after an interruption.
+    """
+
+    rows: list[dict[str, Any]]
+    """Rows of `features`."""
+    order: list[int]
+    """Index of the row at each place."""
+    token_dropout: float
+    """Probability that a response token is left out; EOS stays."""
+    lowercase_frac: float
+    """Probability that a response is read in lower case."""
+    seed: int
+    """Seed of what is varied."""
+
+    def __len__(self) -> int:
+        """Returns the number of places."""
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """Returns the row at a place."""
+        row = self.rows[self.order[place]]
+        generator = np.random.default_rng((self.seed, place))
+        lower = generator.random(len(row["starts"])) < self.lowercase_frac
+        texts = zip(row["sequences"], row["lowered"], lower, row["starts"], strict=True)
+        sequences = [
+            self._thinned(lowered if low else ids, start, generator)
+            for ids, lowered, low, start in texts
+        ]
+        return row | {"sequences": sequences}
+
+    def _thinned(self, ids: list[int], start: int, generator: np.random.Generator) -> list[int]:
+        kept = generator.random(len(ids)) >= self.token_dropout
+        kept[:start] = kept[-1] = True
+        return [token for token, stays in zip(ids, kept, strict=True) if stays]
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], *, pad_id: int
+) -> dict[str, Int[Tensor, "text time"]]:
+    """Returns input_ids and attention_mask (1 means a real token) of right-padded sequences."""
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_id)
+    attention_mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[row, : len(sequence)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingCollator:
+    """Makes one batch of rankings: prompts, texts by length in microbatches, all comparisons.
+
+    Responses of similar length share a microbatch, so that little is padded, and a prompt that
+    many texts answer is held once. `labels` are the targets under the name by which the Trainer
+    counts what a loss is divided by, over gradient accumulation and over processes: one label is
+    one comparison.
+    """
+
+    pad_id: int
+    """Token id of the padding."""
+    texts_per_forward: int
+    """Texts in one forward pass."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns prompts, microbatches of responses, and comparisons in their text order."""
+        prompts: dict[tuple[int, ...], int] = {}
+        responses: list[list[int]] = []
+        answered, better, worse = [], [], []
+        for row in rows:
+            better.append(row["better"] + len(responses))
+            worse.append(row["worse"] + len(responses))
+            for ids, start in zip(row["sequences"], row["starts"], strict=True):
+                answered.append(prompts.setdefault(tuple(ids[:start]), len(prompts)))
+                responses.append(ids[start:])
+        order = sorted(range(len(responses)), key=lambda index: len(responses[index]))
+        place = torch.empty(len(order), dtype=torch.long)
+        place[torch.tensor(order)] = torch.arange(len(order))
+        size = self.texts_per_forward
+        chunks = [order[first : first + size] for first in range(0, len(order), size)]
+        return {
+            "prompts": pad_right(list(prompts), pad_id=self.pad_id),
+            "microbatches": [
+                pad_right([responses[index] for index in chunk], pad_id=self.pad_id)
+                | {"prompt": torch.tensor([answered[index] for index in chunk])}
+                for chunk in chunks
+            ],
+            "better": place[torch.cat(better)],
+            "worse": place[torch.cat(worse)],
+            "labels": torch.cat([row["targets"] for row in rows]),
+        }

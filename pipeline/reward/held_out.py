@@ -1,0 +1,104 @@
+"""The report on held-out texts: what the model, the bag of words and the raters say of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from pipeline.reward.baseline import bag_of_words_scores
+from pipeline.reward.data import Encoded, Ranking, encode, read_rankings
+from pipeline.reward.report import RatedSet, reward_report
+from pipeline.reward.training import raw_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def held_out_report(
+    model: "PreTrainedModel",
+    *,
+    tokenizer: "PreTrainedTokenizerFast",
+    data: Path,
+    split: str,
+    row_type: str = "preferences",
+    max_length: int = 128,
+    min_gap: float = 0.5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Returns the report on a split's texts, bag of words and human ceiling included.
+
+    Every process must call it: they share the texts to be scored.
+
+    Args:
+        model: a reward model; its raw scores are used.
+        tokenizer: the model's tokenizer.
+        data: folder of the data stage.
+        split: validation for choices; test is read by `evaluate` alone.
+        row_type: preferences or guard_preferences.
+        max_length: longer texts are left out, as in training.
+        min_gap: least difference of mean ratings of a pair that counts.
+        seed: seed of the bootstrap and of the baseline's sample of comparisons.
+    """
+    held_out = encode(
+        read_rankings(data, row_type, split=split), tokenizer=tokenizer, max_length=max_length
+    )
+    scores = raw_scores(model, held_out.texts, pad_id=tokenizer.pad_token_id)
+    training = read_rankings(data, row_type, split="train")
+    sets = rated_sets(held_out, scores=scores, training=training, min_gap=min_gap, seed=seed)
+    return {"split": split, **reward_report(sets, min_gap=min_gap, seed=seed)}
+
+
+def rated_sets(
+    held_out: Encoded,
+    *,
+    scores: Float[np.ndarray, " text"],
+    training: list[Ranking] | None = None,
+    min_gap: float = 0.5,
+    seed: int = 0,
+) -> dict[str, RatedSet]:
+    """Returns the held-out texts by set, with the bag of words' scores where it can be trained.
+
+    Args:
+        held_out: rankings of the split.
+        scores: raw score of every text, in the order of `held_out.texts`.
+        training: rankings the bag of words learns from, each set from its own; None leaves it out.
+        min_gap: least difference of mean ratings of the baseline's comparisons.
+        seed: seed of the baseline's sample of comparisons.
+    """
+    ends = np.cumsum([len(ranking.responses) for ranking in held_out.rankings])
+    parts = np.split(scores, ends[:-1])
+    sets = {}
+    for name in sorted({ranking.set for ranking in held_out.rankings}):
+        members = [ranking for ranking in held_out.rankings if ranking.set == name]
+        texts, ratings, groups = flat(members)
+        learned = [ranking for ranking in training or [] if ranking.set == name]
+        raters = [given for ranking in members for given in ranking.ratings or []]
+        sets[name] = RatedSet(
+            scores=np.concatenate(
+                [part for part, r in zip(parts, held_out.rankings, strict=True) if r.set == name]
+            ),
+            ratings=ratings,
+            lengths=np.array([float(len(text.split())) for text in texts]),
+            groups=groups,
+            baseline=_baseline(learned, texts, min_gap=min_gap, seed=seed) if learned else None,
+            raters=raters if len(raters) == len(texts) else None,
+        )
+    return sets
+
+
+def _baseline(
+    learned: list[Ranking], held_out: list[str], *, min_gap: float, seed: int
+) -> Float[np.ndarray, " text"] | None:
+    texts, ratings, groups = flat(learned)
+    return bag_of_words_scores(
+        texts, ratings=ratings, groups=groups, held_out=held_out, min_gap=min_gap, seed=seed
+    )
+
+
+def flat(rankings: list[Ranking]) -> tuple[list[str], Float[np.ndarray, " text"], list[str]]:
+    """Returns texts, mean ratings and groups of all rankings, ranking after ranking."""
+    texts = [text for ranking in rankings for text in ranking.responses]
+    ratings = np.array([score for ranking in rankings for score in ranking.scores])
+    groups = [ranking.group for ranking in rankings for _ in ranking.responses]
+    return texts, ratings, groups

@@ -1,0 +1,243 @@
+"""What held-out ratings say about a reward model: pure functions of numpy arrays."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pipeline.evaluation.statistics import Estimate, ratio, resample
+
+MARGIN_EDGES = (0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
+"""Bins of the difference of mean ratings; the last is open."""
+LENGTH_EDGES = (float("-inf"), -10.0, -3.0, 4.0, 11.0, float("inf"))
+"""Bins of words of the better text less those of the worse."""
+CALIBRATION_BINS = 10
+BOOTSTRAP_SAMPLES = 500
+RATER_DRAWS = 20
+"""Draws of one rater per text that the human ceiling averages."""
+
+Texts = Float[np.ndarray, " text"]
+Pairs = Int[np.ndarray, " pair"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedSet:
+    """Held-out texts of one set with what each method says about them.
+
+    Attributes:
+        scores: the reward model's raw score; a difference of 1 is a log-odds of 1, so normalised
+            scores are multiplied by reward_std first.
+        ratings: mean rating of each text.
+        lengths: words of each text.
+        groups: texts of the same group are comparable; one name for a whole set of rated texts,
+            one name for each pair or ranking otherwise.
+        baseline: the bag-of-words model's score, or None.
+        raters: every rater's rating of each text, or None.
+    """
+
+    scores: Texts
+    ratings: Texts
+    lengths: Texts
+    groups: Sequence[str]
+    baseline: Texts | None = None
+    raters: Sequence[Sequence[int]] | None = None
+
+
+def reward_report(
+    sets: Mapping[str, RatedSet], *, min_gap: float = 0.5, seed: int = 0
+) -> dict[str, Any]:
+    """Returns the report of every set as plain JSON values, and the mean accuracy over sets.
+
+    Args:
+        sets: held-out texts by the name of their set.
+        min_gap: a pair counts when its mean ratings differ by at least this much.
+        seed: seed of the bootstrap and of the draws of one rater.
+    """
+    reports = {name: set_report(rated, min_gap=min_gap, seed=seed) for name, rated in sets.items()}
+    known = [report["accuracy"]["value"] for report in reports.values() if report["num_pairs"]]
+    return {
+        "min_gap": min_gap,
+        "mean_accuracy": float(np.mean(known)) if known else None,
+        "sets": reports,
+    }
+
+
+def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
+    """Returns accuracy with interval, rivals, bins and calibration of one set, as JSON values."""
+    better, worse = comparable_pairs(rated.ratings, rated.groups, min_gap=min_gap)
+    report: dict[str, Any] = {"num_texts": len(rated.ratings), "num_pairs": len(better)}
+    if not len(better):
+        return report
+    units = (
+        rated.groups if len(set(rated.groups)) > 1 else [str(i) for i in range(len(rated.scores))]
+    )
+    weights = resample(units, samples=BOOTSTRAP_SAMPLES, seed=seed)
+    rivals = {
+        "accuracy": rated.scores,
+        "longer_wins": rated.lengths,
+        "bag_of_words": rated.baseline,
+    }
+    for name, scores in rivals.items():
+        report[name] = None
+        if scores is not None:
+            hits = agreements(scores, better=better, worse=worse)
+            report[name] = asdict(accuracy(hits, better=better, worse=worse, weights=weights))
+    report["one_human_rater"] = human_ceiling(rated, min_gap=min_gap, seed=seed)
+    hits = agreements(rated.scores, better=better, worse=worse)
+    gap = rated.ratings[better] - rated.ratings[worse]
+    longer = rated.lengths[better] - rated.lengths[worse]
+    report["by_margin"] = binned(hits, gap, edges=MARGIN_EDGES)
+    report["by_length_difference"] = binned(hits, longer, edges=LENGTH_EDGES)
+    report["calibration"] = calibration(rated.scores, better=better, worse=worse)
+    report["correlation"] = correlation(rated.scores, rated.ratings)
+    return report
+
+
+def comparable_pairs(
+    ratings: Texts, groups: Sequence[str], *, min_gap: float
+) -> tuple[Pairs, Pairs]:
+    """Returns the indices of the better and the worse text of every pair that counts.
+
+    Args:
+        ratings: mean rating of each text.
+        groups: only texts of the same group are compared.
+        min_gap: least difference of the mean ratings; equal ratings never count.
+    """
+    member = np.unique(np.asarray(groups), return_inverse=True)[1]
+    order = np.argsort(member, kind="stable")
+    bounds = np.flatnonzero(np.diff(member[order])) + 1
+    better, worse = [], []
+    for texts in np.split(order, bounds):
+        gap = ratings[texts][:, None] - ratings[texts][None, :]
+        high, low = np.nonzero((gap >= min_gap) & (gap > 0))
+        better.append(texts[high])
+        worse.append(texts[low])
+    return np.concatenate(better), np.concatenate(worse)
+
+
+def pair_accuracy(rated: RatedSet, *, min_gap: float) -> float | None:
+    """Returns the share of pairs that the scores order as the raters do, or None without pairs."""
+    better, worse = comparable_pairs(rated.ratings, rated.groups, min_gap=min_gap)
+    if not len(better):
+        return None
+    return float(agreements(rated.scores, better=better, worse=worse).mean())
+
+
+def agreements(scores: Texts, *, better: Pairs, worse: Pairs) -> Float[np.ndarray, " pair"]:
+    """Returns 1 where the better text scores higher, 0 where lower, a half where both are equal."""
+    return (1.0 + np.sign(scores[better] - scores[worse])) / 2
+
+
+def accuracy(
+    hits: Float[np.ndarray, " pair"],
+    *,
+    better: Pairs,
+    worse: Pairs,
+    weights: Float[np.ndarray, "sample text"],
+) -> Estimate:
+    """Returns the share of agreeing pairs with its interval, from a bootstrap over texts.
+
+    A pair occurs in a sample as often as its two texts do together: w_better w_worse times. Both
+    sums are quadratic forms in the weights, so that no list of resampled pairs is built.
+
+    Args:
+        hits: agreement of each pair.
+        better: index of each pair's better text.
+        worse: index of each pair's worse text.
+        weights: how often each text occurs in each bootstrap sample.
+    """
+    counted, agreeing = (
+        _quadratic_forms(values, better=better, worse=worse, weights=weights)
+        for values in (np.ones_like(hits), hits)
+    )
+    whole = ratio(hits, np.ones_like(hits), np.ones((1, len(hits))))
+    usable = counted > 0
+    draws = agreeing[usable] / counted[usable]
+    low, high = np.quantile(draws, (0.025, 0.975)) if usable.any() else (0.0, 1.0)
+    return Estimate(value=whole.value, low=float(low), high=float(high))
+
+
+def _quadratic_forms(
+    values: Float[np.ndarray, " pair"],
+    *,
+    better: Pairs,
+    worse: Pairs,
+    weights: Float[np.ndarray, "sample text"],
+) -> Float[np.ndarray, " sample"]:
+    """Returns sum over pairs of w_better value w_worse for every sample's weights w."""
+    from scipy.sparse import csr_array
+
+    num_texts = weights.shape[1]
+    matrix = csr_array((values, (better, worse)), shape=(num_texts, num_texts))
+    return ((matrix @ weights.T).T * weights).sum(axis=1)
+
+
+def human_ceiling(rated: RatedSet, *, min_gap: float, seed: int) -> float | None:
+    """Returns the accuracy of one rater of each text against the mean of its other raters.
+
+    Pairs count when the means of the others differ by at least min_gap; equal ratings of the one
+    rater count half. Averaged over several draws of the one rater; None without ratings.
+    """
+    if rated.raters is None or any(len(raters) < 2 for raters in rated.raters):
+        return None
+    generator = np.random.default_rng(seed)
+    totals = np.array([sum(raters) for raters in rated.raters], dtype=np.float64)
+    counts = np.array([len(raters) for raters in rated.raters])
+    shares = []
+    for _ in range(RATER_DRAWS):
+        chosen = generator.integers(counts)
+        one = np.array(
+            [raters[index] for raters, index in zip(rated.raters, chosen, strict=True)], dtype=float
+        )
+        others = (totals - one) / (counts - 1)
+        better, worse = comparable_pairs(others, rated.groups, min_gap=min_gap)
+        if len(better):
+            shares.append(agreements(one, better=better, worse=worse).mean())
+    return float(np.mean(shares)) if shares else None
+
+
+def binned(
+    hits: Float[np.ndarray, " pair"], values: Float[np.ndarray, " pair"], *, edges: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Returns count and accuracy of the pairs in each bin [from, to); open ends are None."""
+    rows = []
+    for low, high in itertools.pairwise(edges):
+        inside = (values >= low) & (values < high)
+        rows.append(
+            {
+                "from": low if np.isfinite(low) else None,
+                "to": high if np.isfinite(high) else None,
+                "num_pairs": int(inside.sum()),
+                "accuracy": float(hits[inside].mean()) if inside.any() else None,
+            }
+        )
+    return rows
+
+
+def calibration(scores: Texts, *, better: Pairs, worse: Pairs) -> dict[str, Any]:
+    """Returns predicted against observed probability, in bins, and the expected calibration error.
+
+    A pair is told in the direction the model prefers: its probability sigmoid(difference) is at
+    least a half, and it is right when raters agree. ECE = sum of n_bin/n |predicted - observed|.
+    """
+    difference = scores[better] - scores[worse]
+    predicted = 1 / (1 + np.exp(-np.abs(difference)))
+    right = (1.0 + np.sign(difference)) / 2
+    place = np.minimum(((predicted - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins, error = [], 0.0
+    for index in np.unique(place):
+        inside = place == index
+        told, seen = float(predicted[inside].mean()), float(right[inside].mean())
+        bins.append({"predicted": told, "observed": seen, "num_pairs": int(inside.sum())})
+        error += inside.mean() * abs(told - seen)
+    return {"bins": bins, "expected_calibration_error": float(error)}
+
+
+def correlation(scores: Texts, ratings: Texts) -> float | None:
+    """Returns Pearson's correlation of score and mean rating, or None when either is constant."""
+    if len(scores) < 2 or not np.std(scores) or not np.std(ratings):
+        return None
+    return float(np.corrcoef(scores, ratings)[0, 1])

@@ -1,0 +1,320 @@
+"""Pretrain a causal language model on whole conversations, packed into rows of one length.
+
+Reads   runs/<recipe>/data (text rows) and runs/<recipe>/tokenizer
+Writes  runs/<recipe>/pretrain, a Hugging Face model folder with its tokenizer
+Command make pretrain RECIPE=cpu ARGS="--training.steps=500"
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.architecture import Architecture
+from pipeline.checkpoint import StageRun, begin, open_artifact
+from pipeline.command import command
+from pipeline.config import StageConfig, require
+from pipeline.corpus import Corpus, read_corpus, stack
+from pipeline.distributed import setup, world_size
+from pipeline.errors import UserError
+from pipeline.training import Training, row_order, trainer_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+
+OPTIMAL_TOKENS_PER_PARAMETER = 20
+"""About what is compute-optimal (Hoffmann et al. 2022, Chinchilla)."""
+DROPOUTS = (
+    "attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"
+)  # fmt: skip
+"""Names under which Transformers' configurations keep dropout probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """Settings of the pretrain stage."""
+
+    architecture: Architecture = field(default_factory=Architecture)
+    """Model that starts from random weights."""
+    init_from: str = ""
+    """Hub id or folder of a causal LM to go on from, instead of random weights."""
+    sequence_length: int = 128
+    """Tokens of a packed training row."""
+    context_length: int = 0
+    """Positions the model can read; 0 takes sequence_length. With init_from the model's own."""
+    dropout: float = 0.0
+    """Dropout of every kind that the architecture has."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread over the vocabulary, in training only."""
+    eval_rows: int = 256
+    """Validation rows read while training; the final figures read all of them."""
+    training: Training = field(default_factory=Training)
+    """How the weights are moved."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length, context = self.sequence_length, self.context_length
+        require(length >= 2, f"sequence_length: must be at least 2, got {length}")
+        require(
+            context == 0 or context >= length,
+            f"sequence_length: {length} is longer than the model's context_length {context}",
+        )
+        require(self.eval_rows >= 1, f"eval_rows: must be at least 1, got {self.eval_rows}")
+        for name in ("dropout", "label_smoothing"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
+
+
+def build_model(config: Config, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
+    """Returns the model to train: random weights, or the one that `init_from` names.
+
+    Raises:
+        UserError: the tokenizer is not the model's, or its context is shorter than a row.
+    """
+    from pipeline.models import build_causal_lm, load_causal_lm
+
+    if config.init_from:
+        model = load_causal_lm(config.init_from)
+        _match_tokenizer(model, config.init_from, tokenizer)
+        _set_dropout(model.config, config.dropout)
+    else:
+        architecture = config.architecture
+        options = {**_dropouts(architecture.model_type, config.dropout), **architecture.options}
+        model = build_causal_lm(
+            replace(architecture, options=options),
+            tokenizer=tokenizer,
+            max_length=config.context_length or config.sequence_length,
+            seed=config.seed,
+        )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and config.sequence_length > context:
+        raise UserError(
+            f"sequence_length: {config.sequence_length} is longer than the model's context "
+            f"of {context} positions"
+        )
+    return model
+
+
+def _dropouts(model_type: str, dropout: float) -> dict[str, float]:
+    """Returns the architecture's dropout fields, all set to the same probability."""
+    from transformers import CONFIG_MAPPING
+
+    if not dropout or model_type not in CONFIG_MAPPING:
+        return {}
+    fields = CONFIG_MAPPING[model_type]()
+    return {name: dropout for name in DROPOUTS if getattr(fields, name, None) is not None}
+
+
+def _set_dropout(model_config: Any, dropout: float) -> None:
+    for name in DROPOUTS if dropout else ():
+        if getattr(model_config, name, None) is not None:
+            setattr(model_config, name, dropout)
+
+
+def _match_tokenizer(
+    model: "PreTrainedModel", source: str, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """Raises UserError unless every token means to the model what it means to the tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        expected = AutoTokenizer.from_pretrained(source).get_vocab()
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from: {source} has no tokenizer to compare with") from error
+    vocabulary = tokenizer.get_vocab()
+    if any(vocabulary.get(token) != number for token, number in expected.items()):
+        raise UserError(
+            f"init_from: {source} was trained with another tokenizer than this run's; make the "
+            f"tokenizer stage take that model's tokenizer"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def build_trainer(
+    config: Config,
+    model: "PreTrainedModel",
+    *,
+    tokenizer: "PreTrainedTokenizerFast",
+    corpus: Corpus,
+    run: StageRun,
+    bf16: bool,
+) -> "Trainer":
+    """Returns Hugging Face's Trainer over the rows in the order they will be read."""
+    from transformers import Trainer, TrainingArguments
+
+    from pipeline.optim import build_optimizer
+
+    training = config.training
+    steps = training.num_steps(len(corpus.rows))
+    order = row_order(
+        [config.sequence_length] * len(corpus.rows),
+        minibatch_size=training.minibatch_size,
+        steps=steps,
+        seed=config.seed,
+    )
+    arguments = trainer_arguments(
+        training,
+        folder=run.path,
+        seed=config.seed,
+        steps=steps,
+        world_size=world_size(),
+        bf16=bf16,
+    )
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments, label_smoothing_factor=config.label_smoothing),
+        train_dataset=[corpus.rows[row] for row in order],
+        data_collator=stack,
+        processing_class=tokenizer,
+        optimizers=(build_optimizer(model, training), None),
+    )
+
+
+def validation_metrics(
+    model: "PreTrainedModel", corpus: Corpus, *, num_rows: int, batch_size: int
+) -> dict[str, float]:
+    """Returns loss (nats per token), perplexity and bits per byte on the first rows."""
+    from pipeline.fitting import mean_nll
+
+    batches = [stack(list(rows)) for rows in corpus.rows[:num_rows].split(batch_size)]
+    loss, _ = mean_nll(model, batches)
+    return {
+        "validation/loss": loss,
+        "validation/perplexity": math.exp(loss),
+        "validation/bits_per_byte": loss * corpus.tokens_per_byte / math.log(2),
+    }
+
+
+def train_and_validate(
+    config: Config, trainer: "Trainer", *, validation: Corpus, run: StageRun
+) -> tuple[float, dict[str, float]]:
+    """Returns tokens per second and the final validation figures; the folder holds the model."""
+    from pipeline.fitting import fit, save_model
+
+    def validate(num_rows: int) -> dict[str, float]:
+        batch_size = config.training.microbatch_size
+        return validation_metrics(
+            trainer.model, validation, num_rows=num_rows, batch_size=batch_size
+        )
+
+    speed = fit(
+        trainer,
+        run,
+        validate=lambda: validate(config.eval_rows),
+        eval_every=config.training.eval_every,
+        tokens_per_step=float(config.training.minibatch_size * config.sequence_length),
+    )
+    final = validate(len(validation.rows))
+    run.log(trainer.state.global_step, final)
+    save_model(trainer, run.path)
+    return speed, final
+
+
+def summarise(
+    config: Config,
+    model: "PreTrainedModel",
+    *,
+    train: Corpus,
+    final: Mapping[str, float],
+    speed: float,
+) -> dict[str, int | float]:
+    """Returns the headline figures."""
+    steps = config.training.num_steps(len(train.rows))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    seen = steps * config.training.minibatch_size * config.sequence_length
+    return {
+        **{name.split("/")[1]: value for name, value in final.items()},
+        "tokens_per_second": speed,
+        "parameters": parameters,
+        "steps": steps,
+        "tokens_seen": seen,
+        "tokens_available": train.num_tokens,
+        "tokens_dropped": train.num_dropped,
+        "epochs": seen / train.rows.numel(),
+        "tokens_per_parameter": seen / parameters,
+        "optimal_tokens_per_parameter": OPTIMAL_TOKENS_PER_PARAMETER,
+    }
+
+
+def headline(summary: Mapping[str, int | float]) -> str:
+    """Returns the stage's result in a few words."""
+    return (
+        f"validation loss {summary['loss']:.3f}, perplexity {summary['perplexity']:.1f}, "
+        f"{summary['bits_per_byte']:.3f} bits per byte, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, "
+        f"{summary['tokens_per_parameter']:.2f} tokens per parameter "
+        f"(compute-optimal ~{OPTIMAL_TOKENS_PER_PARAMETER})"
+    )
+
+
+def card(config: Config, summary: Mapping[str, int | float], train: Corpus) -> str:
+    """Returns the folder's model card."""
+    origin = config.init_from or f"random weights ({config.architecture.model_type})"
+    return f"""# Pretrained causal language model
+
+Started from {origin}; {summary["parameters"]:,} parameters, {summary["steps"]} steps on
+{summary["tokens_seen"]:,} tokens ({summary["epochs"]:.2f} passes over {train.num_documents:,}
+documents of {train.num_tokens:,} tokens, packed into rows of {config.sequence_length};
+{train.num_dropped} tokens left over).
+
+| figure | value |
+|---|---|
+| validation loss, nats per token | {summary["loss"]:.4f} |
+| perplexity | {summary["perplexity"]:.2f} |
+| bits per byte | {summary["bits_per_byte"]:.4f} |
+| tokens per parameter | {summary["tokens_per_parameter"]:.2f} |
+| compute-optimal tokens per parameter (Hoffmann et al. 2022) | ~{OPTIMAL_TOKENS_PER_PARAMETER} |
+
+It continues conversations in the chat template; it follows no instructions yet (that is `sft`).
+"""
+
+
+def run(config: Config) -> None:
+    """Makes the pretrain folder."""
+    setup(config)
+    data = open_artifact(config.folder("data"), kind="dataset")
+    vocabulary = open_artifact(config.folder("tokenizer"), kind="tokenizer")
+    parents = {"data": data, "tokenizer": vocabulary}
+    with begin(config, stage="pretrain", kind="causal-lm", parents=parents) as stage_run:
+        from pipeline.models import choose_precision, load_tokenizer
+
+        config.training.accumulation(world_size())
+        precision = choose_precision(config.training.precision)
+        tokenizer = load_tokenizer(vocabulary.path)
+        model = build_model(config, tokenizer)
+        train, validation = (
+            read_corpus(
+                data.path / f"text-{split}.parquet",
+                tokenizer=tokenizer,
+                length=config.sequence_length,
+            )
+            for split in ("train", "validation")
+        )
+        trainer = build_trainer(
+            config,
+            model,
+            tokenizer=tokenizer,
+            corpus=train,
+            run=stage_run,
+            bf16=precision == "bf16",
+        )
+        speed, final = train_and_validate(config, trainer, validation=validation, run=stage_run)
+        summary = summarise(config, model, train=train, final=final, speed=speed)
+        stage_run.finish(
+            headline(summary),
+            chosen={"precision": precision},
+            summary=summary,
+            card=card(config, summary, train),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command line."""
+    return command(Config, run, argv, stage="pretrain")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
