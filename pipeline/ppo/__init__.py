@@ -1,0 +1,1 @@
+"""PPO with a KL penalty, from the formulas up to the update."""

@@ -1,0 +1,153 @@
+"""One update's rollout with everything that was measured on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipeline.models import score_responses
+from pipeline.ppo.kl import k1
+from pipeline.sequences import Batch, collate, pad_tokens, response_logits
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The four models; all in evaluation mode, so that dropout is off everywhere.
+
+    Attributes:
+        policy: causal LM being trained.
+        reference: the frozen SFT model.
+        reward_model: frozen sequence classifier with normalisation constants.
+        value: sequence classifier started from the reward model, being trained.
+    """
+
+    policy: Any
+    reference: Any
+    reward_model: Any
+    value: Any
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Rows of all ranks in the update's order; token tensors start at the first response token.
+
+    Attributes:
+        prompts: token ids.
+        responses: token ids, EOS included when the response ended.
+        mask: True on response tokens.
+        logprobs: log pi at the time of sampling, 0 outside the mask.
+        ref_logprobs: log pi_ref, 0 outside the mask.
+        values: value of the state before each token, 0 outside the mask.
+        entropy: entropy of pi at each token in nats, 0 outside the mask.
+        scores: the reward model's normalised score of each response.
+        ended: True where the response holds its EOS.
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    mask: Bool[Tensor, "batch time"]
+    logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    entropy: Float[Tensor, "batch time"]
+    scores: Float[Tensor, "batch"]
+    ended: Bool[Tensor, "batch"]
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Tokens of each row, prompt and response."""
+        rows = zip(self.prompts, self.responses, strict=True)
+        return torch.tensor([len(prompt) + len(response) for prompt, response in rows])
+
+    @property
+    def kl(self) -> Float[Tensor, "batch time"]:
+        """The k1 estimate of each token's KL, 0 outside the mask."""
+        return k1(self.logprobs, self.ref_logprobs)
+
+
+def length_mask(responses: Sequence[Sequence[int]]) -> Bool[Tensor, "batch time"]:
+    """Returns a mask whose rows are True on as many columns as the responses have tokens."""
+    lengths = torch.tensor([len(response) for response in responses])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def token_values(
+    value_model: Any,
+    batch: Batch,
+) -> Float[Tensor, "token"]:
+    """Returns the normalised value of the state before each response token, row-major."""
+    hidden = value_model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+    raw = value_model.score(hidden[:, :-1][batch.response_mask[:, 1:]])[:, 0].float()
+    return (raw - value_model.config.reward_mean) / value_model.config.reward_std
+
+
+@torch.no_grad()
+def measure(
+    roles: Roles,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    *,
+    temperature: float,
+    pad_id: int,
+    batch_size: int,
+) -> dict[str, list[Any]]:
+    """Returns per row: logprobs, ref_logprobs, values, entropy (lists of tensors) and scores.
+
+    Rows are measured in the order of their lengths, so that batches hold little padding.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    rows: dict[str, list[Any]] = {
+        name: [None] * len(order) for name in ("logprobs", "ref_logprobs", "values", "entropy")
+    }
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=pad_id)
+        batch = batch.to(roles.policy.device)
+        measured = _measure_batch(roles, batch, temperature=temperature)
+        counts = batch.response_mask.sum(dim=1).tolist()
+        for name, tokens in measured.items():
+            for row, part in zip(chosen, tokens.cpu().split(counts), strict=True):
+                rows[name][row] = part
+    scores = score_responses(
+        roles.reward_model, prompts, responses, pad_id=pad_id, batch_size=batch_size
+    )
+    return {**rows, "scores": scores.tolist()}
+
+
+def _measure_batch(roles: Roles, batch: Batch, *, temperature: float) -> dict[str, Tensor]:
+    tokens = batch.input_ids[batch.response_mask][:, None]
+    logprobs = response_logits(roles.policy, batch, temperature=temperature).log_softmax(dim=-1)
+    reference = response_logits(roles.reference, batch, temperature=temperature)
+    return {
+        "logprobs": logprobs.gather(1, tokens)[:, 0],
+        "ref_logprobs": reference.log_softmax(dim=-1).gather(1, tokens)[:, 0],
+        "values": token_values(roles.value, batch),
+        "entropy": -(logprobs.exp() * logprobs).sum(dim=-1),
+    }
+
+
+def assemble(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    measured: dict[str, list[Any]],
+    *,
+    eos_id: int,
+) -> Experience:
+    """Returns the rows of all ranks as one Experience."""
+    mask = length_mask(responses)
+    tokens = {
+        name: pad_tokens(torch.cat(measured[name]), mask)
+        for name in ("logprobs", "ref_logprobs", "values", "entropy")
+    }
+    return Experience(
+        prompts=prompts,
+        responses=responses,
+        mask=mask,
+        scores=torch.tensor(measured["scores"]),
+        ended=torch.tensor([response[-1] == eos_id for response in responses]),
+        **tokens,
+    )

@@ -1,0 +1,84 @@
+"""The KL penalty: estimators, the exact divergence, and the controllers of its coefficient."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+ERROR_CLIP = 0.2
+"""Largest relative error the adaptive controller answers to (Ziegler et al. 2019, section 2.2)."""
+
+
+def k1(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Returns log pi - log pi_ref: unbiased for KL(pi || ref) on samples of pi, may be negative."""
+    return logprobs - ref_logprobs
+
+
+def k3(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Returns r - 1 - log r with r = pi_ref / pi: unbiased as k1 and never negative; for logging.
+
+    Schulman 2020, "Approximating KL divergence".
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - 1.0 - log_ratio
+
+
+def full_kl(
+    logits: Float[Tensor, "token vocabulary"], ref_logits: Float[Tensor, "token vocabulary"]
+) -> Float[Tensor, "token"]:
+    """Returns KL(pi || ref) over the whole vocabulary at every token; log-probabilities will do."""
+    logprobs, ref_logprobs = logits.log_softmax(dim=-1), ref_logits.log_softmax(dim=-1)
+    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=-1)
+
+
+@dataclass
+class FixedController:
+    """A KL coefficient that never changes."""
+
+    coef: float
+
+    def update(self, kl: float, *, num_episodes: int) -> None:
+        """Does nothing: the coefficient is fixed."""
+
+    def state(self) -> dict[str, float]:
+        """Returns what a resume point must keep."""
+        return {"coef": self.coef}
+
+
+@dataclass
+class AdaptiveController:
+    """A KL coefficient that steers the KL per response to a target.
+
+    e = clip(KL / target - 1, -0.2, 0.2);  beta *= 1 + e n / horizon  (Ziegler et al. 2019,
+    section 2.2).
+
+    Attributes:
+        coef: beta, the coefficient now.
+        target: KL per response in nats.
+        horizon: episodes over which the coefficient can change by a factor of about e^0.2.
+    """
+
+    coef: float
+    target: float
+    horizon: float
+
+    def update(self, kl: float, *, num_episodes: int) -> None:
+        """Moves the coefficient after an update.
+
+        Args:
+            kl: KL summed over tokens, averaged over the rows of all ranks, in nats.
+            num_episodes: rows of that update over all ranks.
+        """
+        error = min(max(kl / self.target - 1.0, -ERROR_CLIP), ERROR_CLIP)
+        self.coef *= 1.0 + error * num_episodes / self.horizon
+
+    def state(self) -> dict[str, float]:
+        """Returns what a resume point must keep."""
+        return {"coef": self.coef}
+
+
+Controller = FixedController | AdaptiveController

@@ -1,0 +1,150 @@
+"""Batched generation: temperature sampling by inverse CDF, with one uniform per token."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+COMPACT_AT = 0.75
+"""Finished rows leave the batch once no more than this share of it is still being generated."""
+
+
+def stream(seed: int, name: str) -> int:
+    """Returns the seed of a named random stream, so that streams never share numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
+
+
+def uniforms(
+    seed: int, *, update: int, rows: Sequence[int], positions: int
+) -> Float[Tensor, "row position"]:
+    """Returns float64 numbers in [0, 1): a function of (seed, update, row, position) alone.
+
+    However the rows are divided over processes and batches, each gets the same numbers.
+    """
+    numbers = np.empty((len(rows), positions))
+    for index, row in enumerate(rows):
+        bits = np.random.Philox(np.random.SeedSequence([seed, update, row]))
+        numbers[index] = np.random.Generator(bits).random(positions)
+    return torch.from_numpy(numbers)
+
+
+def sample_tokens(
+    logits: Float[Tensor, "batch vocabulary"],
+    uniform: Float[Tensor, "batch"],
+    *,
+    temperature: float,
+) -> Int[Tensor, "batch"]:
+    """Returns the first token whose cumulative probability exceeds the row's uniform number."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    cumulative = (logits.to(wide) / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    threshold = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    uniforms: Float[Tensor, "row position"],
+    temperature: float = 1.0,
+    eos_id: int,
+    pad_id: int,
+    batch_size: int = 256,
+) -> list[list[int]]:
+    """Returns one response per prompt: token ids up to and including EOS, or cut at the budget.
+
+    Temperature only: no top-k, top-p, repetition penalty or minimum length, so that the tokens
+    come from the policy itself.
+
+    Args:
+        model: causal LM with a standard cache.
+        prompts: token ids, none empty.
+        uniforms: one number per response token; its width is the budget of tokens.
+        temperature: divides the logits.
+        eos_id: ends a response.
+        pad_id: fills prompts on the left.
+        batch_size: rows generated together; rows of like length share a batch.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    responses: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = _Decoding(model, [prompts[row] for row in rows], pad_id=pad_id)
+        for row, tokens in zip(
+            rows, batch.run(uniforms[rows], temperature=temperature, eos_id=eos_id), strict=True
+        ):
+            responses[row] = tokens
+    return responses
+
+
+class _Decoding:
+    """One batch of left-padded prompts being continued; finished rows are dropped on the way."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+    ) -> None:
+        width = max(len(prompt) for prompt in prompts)
+        padded = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self.model = model
+        self.ids = torch.tensor(padded).to(model.device)
+        self.mask = (torch.arange(width) >= width - lengths[:, None]).long().to(model.device)
+        self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+        self.active = torch.arange(len(prompts), device=model.device)
+        self.cache: Any = None
+
+    def run(
+        self, uniforms: Float[Tensor, "row position"], *, temperature: float, eos_id: int
+    ) -> list[list[int]]:
+        """Returns the response tokens of every row."""
+        uniforms = uniforms.to(self.ids.device)
+        budget = uniforms.shape[1]
+        tokens = torch.full_like(uniforms, eos_id, dtype=torch.long)
+        lengths = torch.full_like(uniforms[:, 0], budget, dtype=torch.long)
+        for position in range(budget):
+            logits = self._step()
+            drawn = sample_tokens(logits, uniforms[self.active, position], temperature=temperature)
+            going = lengths[self.active] == budget
+            drawn = torch.where(going, drawn, eos_id)
+            tokens[self.active, position] = drawn
+            ended = going & (drawn == eos_id)
+            lengths[self.active[ended]] = position + 1
+            if bool((lengths[self.active] < budget).all()) or position + 1 == budget:
+                break
+            self._extend(drawn, lengths[self.active] == budget)
+        return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+
+    def _step(self) -> Float[Tensor, "batch vocabulary"]:
+        output = self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _extend(self, drawn: Int[Tensor, "batch"], going: Tensor) -> None:
+        """Appends the drawn tokens; drops finished rows when enough of them have finished."""
+        self.ids = drawn[:, None]
+        self.positions = self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        if float(going.float().mean()) <= COMPACT_AT:
+            keep = going.nonzero()[:, 0]
+            self.cache.batch_select_indices(keep)
+            self.active = self.active[keep]
+            self.ids, self.positions = self.ids[keep], self.positions[keep]
+            self.mask = self.mask[keep]

@@ -1,0 +1,102 @@
+"""What PPO can be told: groups of settings, of the trainer and of the stage's configuration."""
+
+from dataclasses import dataclass
+
+from pipeline.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL:
+    """The penalty that keeps the policy near the SFT model."""
+
+    coef: float = 0.1
+    """beta, the coefficient of the per-token KL penalty; where an adaptive controller starts."""
+    controller: str = "adaptive"
+    """fixed, or adaptive: the coefficient steers the KL per response to the target."""
+    target: float = 6.0
+    """KL per response in nats that the adaptive controller steers to."""
+    horizon: float = 10000.0
+    """Episodes over which the adaptive coefficient can change by about 20%."""
+
+    def __post_init__(self) -> None:
+        require(self.coef >= 0, f"kl.coef: must be at least 0, got {self.coef}")
+        require(
+            self.controller in ("fixed", "adaptive"),
+            f"kl.controller: must be fixed or adaptive, got {self.controller!r}",
+        )
+        require(self.target > 0, f"kl.target: must be positive, got {self.target}")
+        require(self.horizon > 0, f"kl.horizon: must be positive, got {self.horizon}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """How a response's score enters its reward."""
+
+    missing_eos_score: float | None = -1.0
+    """Normalised score of a response that never ended; null keeps the reward model's."""
+    clip: float = 0.0
+    """Normalised scores are clipped to [-clip, clip]; 0 does not clip."""
+    whiten: bool = False
+    """Divides the token rewards by their standard deviation, without shifting the mean."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Trace decay of generalised advantage estimation."""
+
+    def __post_init__(self) -> None:
+        require(self.clip >= 0, f"reward.clip: must be at least 0, got {self.clip}")
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"reward.{name}: must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """The optimisation of one update."""
+
+    learning_rate: float = 1.0e-4
+    """AdamW's learning rate of the policy at the first update; it decays linearly to 0."""
+    value_learning_rate: float = 1.0e-4
+    """The same for the value model."""
+    epochs: int = 4
+    """Passes over the rollout in one update, each in a new order."""
+    clip: float = 0.2
+    """The policy's ratio is trusted within [1 - clip, 1 + clip]."""
+    value_clip: float = 0.2
+    """How far a value may move in one update before its gradient stops."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    max_grad_norm: float = 1.0
+    """Gradient norm at which each model's gradients are clipped."""
+    max_ratio: float = 100.0
+    """A minibatch whose mean ratio exceeds this stops the stage before the optimizer moves."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "value_learning_rate", "epochs", "clip", "value_clip"):
+            value = getattr(self, name)
+            require(value > 0, f"optimisation.{name}: must be positive, got {value}")
+        require(
+            self.value_coef > 0,
+            f"optimisation.value_coef: must be positive, got {self.value_coef}",
+        )
+        require(
+            self.max_grad_norm > 0,
+            f"optimisation.max_grad_norm: must be positive, got {self.max_grad_norm}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything the PPO trainer needs to know."""
+
+    seed: int
+    updates: int
+    prompts_per_update: int
+    minibatch_size: int
+    microbatch_size: int
+    max_response_tokens: int
+    temperature: float
+    precision: str
+    kl: KL
+    reward: Reward
+    optimisation: Optimisation

@@ -1,0 +1,265 @@
+"""Aligns the SFT model with the reward model by PPO under a KL penalty.
+
+Reads   runs/<recipe>/{data,sft,reward}; of the data the prompts of the training and validation
+        splits.
+Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, value/
+        (the critic), metrics, timings and samples of every validation.
+Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
+from pipeline.command import command
+from pipeline.config import StageConfig, require
+from pipeline.distributed import setup, world_size
+from pipeline.errors import UserError
+from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
+from pipeline.progress import progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerFast
+
+    from pipeline.ppo.experience import Roles
+    from pipeline.ppo.trainer import PPOTrainer
+    from pipeline.ppo.validation import Validation
+
+PARENTS = {"data": "dataset", "sft": "causal-lm", "reward": "reward"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """Settings of the ppo stage."""
+
+    updates: int = 60
+    """Updates: one rollout and its optimisation each."""
+    prompts_per_update: int = 128
+    """Prompts of one rollout, over all processes."""
+    minibatch_size: int = 32
+    """Responses of one optimizer step, over all processes; divides prompts_per_update."""
+    microbatch_size: int = 32
+    """Responses of one forward and backward pass of one process."""
+    max_prompt_tokens: int = 64
+    """Prompts with more tokens than this are dropped and counted."""
+    max_response_tokens: int = 32
+    """Token budget of a response, EOS included."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in every log-probability."""
+    precision: str = "fp32"
+    """fp32, bf16 (autocast), or auto: bf16 where the processor computes it natively."""
+    kl: KL = field(default_factory=KL)
+    """The KL penalty."""
+    reward: Reward = field(default_factory=Reward)
+    """Scores, rewards and advantages."""
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    """Losses and steps of one update."""
+    validate_every: int = 10
+    """Updates between two looks at the validation prompts."""
+    validation_prompts: int = 256
+    """Validation prompts, the same ones and the same uniform numbers at every look."""
+    save_every: int = 10
+    """Updates between two resume points."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = (
+            "updates", "prompts_per_update", "minibatch_size", "microbatch_size",
+            "max_prompt_tokens", "max_response_tokens", "temperature", "validate_every",
+            "validation_prompts", "save_every",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            require(value > 0, f"{name}: must be positive, got {value}")
+        require(
+            self.prompts_per_update % self.minibatch_size == 0,
+            f"minibatch_size: {self.minibatch_size} does not divide prompts_per_update "
+            f"{self.prompts_per_update}",
+        )
+        require(
+            self.prompts_per_update >= self.num_processes,
+            f"prompts_per_update: {self.prompts_per_update} is less than the processes",
+        )
+        require(
+            self.precision in ("auto", "bf16", "fp32"),
+            f"precision: must be auto, bf16 or fp32, got {self.precision!r}",
+        )
+
+    def settings(self, precision: str) -> Settings:
+        """Returns what the trainer needs to know."""
+        return Settings(
+            seed=self.seed,
+            updates=self.updates,
+            prompts_per_update=self.prompts_per_update,
+            minibatch_size=self.minibatch_size,
+            microbatch_size=self.microbatch_size,
+            max_response_tokens=self.max_response_tokens,
+            temperature=self.temperature,
+            precision=precision,
+            kl=self.kl,
+            reward=self.reward,
+            optimisation=self.optimisation,
+        )
+
+
+def read_prompts(
+    folder: Path, *, split: str, tokenizer: "PreTrainedTokenizerFast", max_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Returns a split's prompts as token ids, and how many were dropped as too long."""
+    from pipeline.data.formats import read_rows
+    from pipeline.tokenizer import encode_prompt
+
+    rows = read_rows(folder, "prompts", split=split)
+    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    kept = [tokens for tokens in encoded if len(tokens) <= max_tokens]
+    if not kept:
+        raise UserError(
+            f"{folder}: none of the {len(rows)} {split} prompts has at most {max_tokens} tokens; "
+            "raise max_prompt_tokens"
+        )
+    return kept, len(encoded) - len(kept)
+
+
+def load_roles(sft: Artifact, reward: Artifact, *, accelerator: "Accelerator") -> "Roles":
+    """Returns policy and reference from sft, reward model and value model from reward."""
+    from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
+    from pipeline.ppo.experience import Roles
+
+    require(
+        load_tokenizer(sft.path).get_vocab() == load_tokenizer(reward.path).get_vocab(),
+        f"{reward.path} has another tokenizer than {sft.path}. Run: make reward FORCE=1",
+    )
+    device = accelerator.device
+    return Roles(
+        policy=load_causal_lm(sft.path).to(device),
+        reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
+        reward_model=load_reward_model(reward.path).to(device).requires_grad_(False),
+        value=load_reward_model(reward.path).to(device),
+    )
+
+
+def build_trainer(
+    config: Config, parents: dict[str, Artifact], *, accelerator: "Accelerator"
+) -> "tuple[PPOTrainer, Validation, dict[str, Any]]":
+    """Returns the trainer, the validation, and what was counted on the way."""
+    from pipeline.models import choose_precision, load_tokenizer
+    from pipeline.ppo.trainer import PPOTrainer
+    from pipeline.ppo.validation import Validation
+
+    tokenizer = load_tokenizer(parents["sft"].path)
+    roles = load_roles(parents["sft"], parents["reward"], accelerator=accelerator)
+    context = roles.policy.config.max_position_embeddings
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    require(
+        longest <= context,
+        f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
+    )
+    splits = {
+        split: read_prompts(
+            parents["data"].path,
+            split=split,
+            tokenizer=tokenizer,
+            max_tokens=config.max_prompt_tokens,
+        )
+        for split in ("train", "validation")
+    }
+    trainer = PPOTrainer(
+        roles,
+        splits["train"][0],
+        settings=config.settings(choose_precision(config.precision)),
+        accelerator=accelerator,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    validation = Validation(
+        trainer, splits["validation"][0][: config.validation_prompts], tokenizer=tokenizer
+    )
+    counts = {f"prompts_dropped_{split}": dropped for split, (_, dropped) in splits.items()}
+    return trainer, validation, counts
+
+
+def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "Validation") -> None:
+    """Runs the updates that are left, with validation and resume points on the way."""
+    point = stage.latest_point()
+    done = 0
+    if point is not None:
+        done = point[0]
+        trainer.load(point[1])
+        validation.recall(stage)
+    else:
+        validation.look(stage, update=0)
+    left = range(done, config.updates)
+    for number in progress(left, total=config.updates, description="ppo", initial=done):
+        outcome = trainer.update(number)
+        update = number + 1
+        stage.log(update, outcome.metrics)
+        stage.log_timings(update, outcome.timings)
+        if update % config.validate_every == 0 or update == config.updates:
+            validation.look(stage, update=update)
+        if update % config.save_every == 0 or update == config.updates:
+            stage.save_point(update, trainer.save)
+
+
+def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> None:
+    """Writes the policy with its tokenizer, and the critic."""
+    from pipeline.models import load_tokenizer
+
+    if stage.is_main:
+        tokenizer = load_tokenizer(sft.path)
+        trainer.roles.policy.save_pretrained(stage.path)
+        tokenizer.save_pretrained(stage.path)
+        trainer.roles.value.save_pretrained(stage.path / "value")
+        tokenizer.save_pretrained(stage.path / "value")
+
+
+def card(config: Config, first: dict[str, float], last: dict[str, float]) -> str:
+    """Returns the model card."""
+    rows = "\n".join(f"| {name} | {first[name]:.3f} | {last[name]:.3f} |" for name in sorted(last))
+    return f"""# PPO policy of {config.run_dir.name}
+
+The SFT model of this run, aligned with its reward model by {config.updates} PPO updates of
+{config.prompts_per_update} prompts under a KL penalty ({config.kl.controller} controller). The
+reward model learned what raters call positive: sentiment, not helpfulness.
+
+On {config.validation_prompts} validation prompts, before and after:
+
+| figure | SFT | PPO |
+|---|---|---|
+{rows}
+"""
+
+
+def run(config: Config) -> None:
+    """Runs the stage.
+
+    Raises:
+        UserError: a parent does not fit, a size does not divide, or a run-time check failed.
+    """
+    accelerator = setup(config)
+    parents = {
+        name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
+    }
+    with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
+        trainer, validation, counts = build_trainer(config, parents, accelerator=accelerator)
+        train(config, stage, trainer, validation)
+        write_models(stage, trainer, sft=parents["sft"])
+        first, last = validation.looks[0], validation.looks[config.updates]
+        stage.finish(
+            f"score {first['validation/score']:.2f} -> {last['validation/score']:.2f} "
+            f"at KL {last['validation/kl']:.2f} nats",
+            chosen={"precision": trainer.settings.precision, "world_size": world_size()},
+            summary={**last, **counts},
+            card=card(config, first, last),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command line."""
+    return command(Config, run, argv, stage="ppo")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
