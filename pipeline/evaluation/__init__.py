@@ -1,0 +1,1 @@
+"""How good a policy is: gold score, win rates, divergence, diversity, best-of-n."""

@@ -1,0 +1,121 @@
+"""What the page says, gathered from the finished folders of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.checkpoint import Artifact
+from pipeline.errors import UserError
+from pipeline.evaluation.markdown import ABOUT, equal_kl_sentence, headline
+from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, figures, judged
+from pipeline.reporting.charts import Chart
+from pipeline.reporting.curves import charts_of, curves, read_rows
+from pipeline.reporting.figures import bin_name, frontier, reward_charts
+from pipeline.storage import read_json
+
+EVEN_SAMPLES = 12
+"""Prompts shown at even distances, good or bad."""
+EXTREME_SAMPLES = 4
+"""Prompts shown of each extreme."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageView:
+    """A stage as the page shows it."""
+
+    name: str
+    kind: str
+    digest: str
+    parents: list[str]
+    """Each parent's name and the start of its digest."""
+    minutes: float
+    memory: float
+    """Peak resident memory in GiB."""
+    circumstances: dict[str, Any]
+    summary: dict[str, Any]
+    charts: list[Chart]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Prompts chosen by one rule."""
+
+    title: str
+    rows: list[dict[str, Any]]
+
+
+def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, Any]:
+    """Returns the values of the page's template.
+
+    Args:
+        artifacts: every stage's finished folder, in the order of the run.
+        title: name of the run.
+    """
+    evaluation = artifacts["evaluate"].path
+    results = read_json(evaluation / "results.json")
+    records = [row for row in read_rows(evaluation / "samples.jsonl") if "ppo" in row]
+    if not records:
+        raise UserError(f"{evaluation}/samples.jsonl holds no samples. Run: make evaluate FORCE=1")
+    stages = [stage_view(artifact) for artifact in artifacts.values()]
+    minutes = sum(stage.minutes for stage in stages)
+    flat = figures(results)
+    spent = {"minutes": minutes, "peak_memory_gib": max(stage.memory for stage in stages)}
+    course = curves(read_rows(artifacts["ppo"].path / "metrics.jsonl"))
+    report = results.get("reward_model") or {}
+    return {
+        "title": title,
+        "about": ABOUT,
+        "headline": headline(flat),
+        "targets": judged(flat | spent, TARGETS + RUN_TARGETS),
+        "results": results,
+        "equal_kl": equal_kl_sentence(results["equal_kl"]),
+        "num_prompts": len(records),
+        "frontier": frontier(results, course=course),
+        "reward_sets": report.get("sets", {}),
+        "reward_gap": report.get("min_gap"),
+        "reward_charts": reward_charts(report),
+        "bin_name": bin_name,
+        "samples": choose_samples(records),
+        "stages": stages,
+        "minutes": minutes,
+    }
+
+
+def stage_view(artifact: Artifact) -> StageView:
+    """Returns what the page shows of one stage."""
+    about = artifact.manifest["circumstances"]
+    return StageView(
+        name=artifact.stage,
+        kind=artifact.kind,
+        digest=artifact.digest,
+        parents=[
+            f"{name} {parent['digest'][:8]}" for name, parent in artifact.content["parents"].items()
+        ],
+        minutes=about["wall_seconds"] / 60,
+        memory=about["peak_memory_gib"],
+        circumstances=about,
+        summary=flatten(artifact.summary),
+        charts=charts_of(read_rows(artifact.path / "metrics.jsonl")),
+    )
+
+
+def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, prefix=f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def choose_samples(records: Sequence[dict[str, Any]]) -> list[Samples]:
+    """Returns prompts at even distances, and the extremes that a flattering choice would hide."""
+    count = min(EVEN_SAMPLES, len(records))
+    even = [records[index * len(records) // count] for index in range(count)]
+    losses = sorted(records, key=lambda row: row["ppo"]["gold"] - row["sft"]["gold"])
+    far = sorted(records, key=lambda row: -row["kl"])
+    return [
+        Samples(title="Evenly spaced over the test prompts", rows=even),
+        Samples(title="Where PPO loses most gold", rows=losses[:EXTREME_SAMPLES]),
+        Samples(title="Where PPO moved furthest from SFT", rows=far[:EXTREME_SAMPLES]),
+    ]

@@ -1,0 +1,297 @@
+r"""Holds PPO against SFT on prompts that no stage has seen, or generates in bulk.
+
+Reads   runs/<recipe>/{data,pretrain,sft,reward,ppo}; of the data the test split, and only here.
+Writes  runs/<recipe>/evaluate: results.json (every figure with its interval, best-of-n, the
+        reward-model report) and samples.jsonl (the replies of both policies side by side).
+Run     make evaluate RECIPE=cpu
+
+In bulk, from any causal language model and without a run folder:
+        python -m stages.evaluate --generate.model=FOLDER --generate.prompts=FILE \
+            --generate.output=FILE.jsonl
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import Artifact, begin, open_artifact
+from pipeline.command import command
+from pipeline.config import StageConfig, require
+from pipeline.distributed import gather_objects, is_main, rank, setup, world_size
+from pipeline.storage import write_json
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.judge import Models, Prompts
+    from pipeline.evaluation.records import Record
+
+log = logging.getLogger(__name__)
+
+PARENTS = {
+    "data": "dataset",
+    "pretrain": "causal-lm",
+    "sft": "causal-lm",
+    "reward": "reward",
+    "ppo": "causal-lm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOf:
+    """Best-of-n of the SFT model by the reward model, the control of PPO."""
+
+    sizes: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
+    """The n that are measured, ascending; empty for none."""
+    num_prompts: int = 0
+    """Prompts it is measured on, evenly spaced over the evaluation's; 0 for all of them."""
+
+    def __post_init__(self) -> None:
+        ascending = self.sizes == sorted(set(self.sizes)) and all(n >= 2 for n in self.sizes)
+        require(ascending, f"best_of.sizes: must be ascending numbers from 2 on, got {self.sizes}")
+        require(
+            self.num_prompts >= 0,
+            f"best_of.num_prompts: must be at least 0, got {self.num_prompts}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Generation in bulk; it needs no run folder and evaluates nothing."""
+
+    model: str = ""
+    """Folder of a causal language model; empty evaluates the run instead."""
+    prompts: str = ""
+    """File of prompts: .jsonl rows with `prompt` (text or messages), or text with one a line."""
+    output: str = ""
+    """File that receives one JSON row per prompt: prompt, response, ended."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    max_response_tokens: int = 64
+    """Length limit of every reply, EOS included."""
+
+    def __post_init__(self) -> None:
+        together = {"model": self.model, "prompts": self.prompts, "output": self.output}
+        missing = [name for name, value in together.items() if not value]
+        require(
+            len(missing) in (0, len(together)),
+            f"generate.{missing[0] if missing else ''}: needed beside the other two of generate.*",
+        )
+        require(
+            self.temperature > 0, f"generate.temperature: must be above 0, got {self.temperature}"
+        )
+        require(
+            self.max_response_tokens >= 1,
+            f"generate.max_response_tokens: must be at least 1, got {self.max_response_tokens}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """Evaluation of a run."""
+
+    num_prompts: int = 500
+    """Test prompts, evenly spaced over the split; every policy gets the same."""
+    batch_size: int = 128
+    """Prompts or replies of one forward pass."""
+    bootstrap_samples: int = 2000
+    """Resamples of conversations behind every 95% interval."""
+    best_of: BestOf = field(default_factory=BestOf)
+    """Control: best-of-n of SFT."""
+    generate: Generate = field(default_factory=Generate)
+    """Generation in bulk instead of an evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_prompts", "batch_size", "bootstrap_samples"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}: must be at least 1, got {value}")
+        require(
+            self.best_of.num_prompts <= self.num_prompts,
+            f"best_of.num_prompts: must be at most num_prompts {self.num_prompts}, "
+            f"got {self.best_of.num_prompts}",
+        )
+
+    @property
+    def draw_rows(self) -> frozenset[int]:
+        """Numbers of the prompts that best-of-n is measured on."""
+        count = self.best_of.num_prompts or self.num_prompts
+        return frozenset(index * self.num_prompts // count for index in range(count))
+
+
+def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tuple["Prompts", int]:
+    """Returns test prompts, evenly spaced over the split, and how many were too long to count.
+
+    As in training, prompts of more than PPO's max_prompt_tokens are left out.
+
+    Raises:
+        UserError: no test prompts, or fewer than asked for.
+    """
+    import pyarrow.parquet
+
+    from pipeline.evaluation.judge import Prompts
+    from pipeline.evaluation.prompt_files import prompt_text
+    from pipeline.models import load_tokenizer
+    from pipeline.tokenizer import encode_prompt
+
+    path = parents["data"].path / "prompts-test.parquet"
+    require(path.is_file(), f"{path} does not exist. Run: make data FORCE=1")
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    tokenizer, longest = load_tokenizer(parents["sft"].path), parents["ppo"].config
+    pairs = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]
+    usable = [pair for pair in pairs if len(pair[1]) <= longest["max_prompt_tokens"]]
+    require(
+        len(usable) >= num_prompts,
+        f"num_prompts: {path} holds only {len(usable)} prompts of at most "
+        f"{longest['max_prompt_tokens']} tokens, {num_prompts} asked for",
+    )
+    chosen = [usable[index * len(usable) // num_prompts] for index in range(num_prompts)]
+    prompts = Prompts(
+        rows=list(range(num_prompts)),
+        texts=[prompt_text(row["prompt"]) for row, _ in chosen],
+        groups=[row["group"] for row, _ in chosen],
+        tokens=[tokens for _, tokens in chosen],
+    )
+    return prompts, len(rows) - len(usable)
+
+
+def load_models(parents: Mapping[str, Artifact], *, device: Any) -> "Models":
+    """Returns every model of the run on a device, after checking that they share a vocabulary."""
+    from pipeline.evaluation.judge import Models
+    from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
+
+    tokenizer = load_tokenizer(parents["sft"].path)
+    for name in ("pretrain", "reward", "ppo"):
+        theirs = load_tokenizer(parents[name].path)
+        require(
+            theirs.get_vocab() == tokenizer.get_vocab(),
+            f"{parents[name].path} has another tokenizer than {parents['sft'].path}; "
+            "models of one run must share it",
+        )
+    lms = {name: load_causal_lm(parents[name].path) for name in ("sft", "ppo", "pretrain")}
+    reward = load_reward_model(parents["reward"].path)
+    return Models(
+        **{name: model.to(device) for name, model in lms.items()},
+        reward=reward.to(device),
+        tokenizer=tokenizer,
+    )
+
+
+def measure(
+    models: "Models", prompts: "Prompts", config: Config, *, max_response_tokens: int
+) -> "list[Record]":
+    """Returns the records of all processes in the order of the prompts."""
+    from pipeline.evaluation.judge import judge
+    from pipeline.evaluation.sampling import Sampling
+
+    records = judge(
+        models,
+        prompts=prompts.only(range(rank(), len(prompts.rows), world_size())),
+        sampling=Sampling(
+            seed=config.seed,
+            max_response_tokens=max_response_tokens,
+            batch_size=config.batch_size,
+        ),
+        draws=max(config.best_of.sizes, default=0),
+        draw_rows=config.draw_rows,
+    )
+    gathered = [record for part in gather_objects(records) for record in part]
+    return sorted(gathered, key=lambda record: record.row)
+
+
+def report_on_ratings(
+    models: "Models", parents: Mapping[str, Artifact], *, seed: int
+) -> dict[str, Any]:
+    """Returns the reward model's report on the test texts, as it was trained to read them."""
+    from pipeline.reward.held_out import held_out_report
+
+    trained = parents["reward"].config
+    return held_out_report(
+        models.reward,
+        tokenizer=models.tokenizer,
+        data=parents["data"].path,
+        split="test",
+        row_type=trained["row_type"],
+        max_length=trained["max_length"],
+        min_gap=trained["report_gap"],
+        seed=seed,
+    )
+
+
+def generate_in_bulk(config: Config, *, device: Any) -> None:
+    """Writes one reply for every prompt of a file."""
+    from pipeline.evaluation.prompt_files import read_prompts, write_replies
+    from pipeline.evaluation.sampling import Sampling, load_any, reply_to_all
+
+    wanted = config.generate
+    prompts = read_prompts(Path(wanted.prompts))
+    model, tokenizer = load_any(wanted.model)
+    mine = range(rank(), len(prompts), world_size())
+    replies = reply_to_all(
+        model.to(device),
+        tokenizer=tokenizer,
+        prompts=[prompts[row] for row in mine],
+        rows=list(mine),
+        sampling=Sampling(
+            seed=config.seed,
+            max_response_tokens=wanted.max_response_tokens,
+            temperature=wanted.temperature,
+            batch_size=config.batch_size,
+        ),
+    )
+    found = {
+        row: reply
+        for part in gather_objects(dict(zip(mine, replies, strict=True)))
+        for row, reply in part.items()
+    }
+    if is_main():
+        rows = [
+            {"prompt": prompt, "response": found[row].text, "ended": found[row].ended}
+            for row, prompt in enumerate(prompts)
+        ]
+        write_replies(Path(wanted.output), rows)
+        log.info("evaluate: %d replies -> %s", len(rows), wanted.output)
+
+
+def run(config: Config) -> None:
+    """Measures both policies and writes the report folder, or generates in bulk."""
+    accelerator = setup(config)
+    if config.generate.model:
+        generate_in_bulk(config, device=accelerator.device)
+        return
+    parents = {
+        name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
+    }
+    prompts, num_left_out = held_out_prompts(parents, num_prompts=config.num_prompts)
+    with begin(config, stage="evaluate", kind="report", parents=parents) as stage:
+        from pipeline.evaluation.comparison import compare
+        from pipeline.evaluation.markdown import headline, results_markdown
+        from pipeline.evaluation.targets import figures
+
+        models = load_models(parents, device=accelerator.device)
+        limit = parents["ppo"].config["max_response_tokens"]
+        records = measure(models, prompts, config, max_response_tokens=limit)
+        results = compare(
+            records,
+            sizes=config.best_of.sizes,
+            bootstrap_samples=config.bootstrap_samples,
+            seed=config.seed,
+        )
+        results["reward_model"] = report_on_ratings(models, parents, seed=config.seed)
+        results |= {"max_response_tokens": limit, "prompts_left_out": num_left_out}
+        flat = figures(results)
+        stage.log(0, {f"evaluate/{name}": value for name, value in flat.items()})
+        stage.log_samples(0, [dataclasses.asdict(record) for record in records])
+        if stage.is_main:
+            write_json(stage.path / "results.json", results)
+        stage.finish(headline(flat), chosen={}, summary=flat, card=results_markdown(results))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command line."""
+    return command(Config, run, argv, stage="evaluate")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
