@@ -1,0 +1,83 @@
+"""A run folder up to PPO with tiny models of random weights and invented data."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import Artifact, begin, open_artifact
+from pipeline.config import StageConfig
+from tests.evaluation.fakes import TEXT, tiny_tokenizer
+from tests.reporting.fakes import CHAIN
+from tests.support import tiny_llama, tiny_reward_model
+
+STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo")
+TRAINED = {"row_type": "preferences", "max_length": 40, "report_gap": 0.5}
+PPO = {"max_prompt_tokens": 30, "max_response_tokens": 6}
+WORDS = TEXT.split()
+
+
+class ChainConfig(StageConfig):
+    """Holds what `evaluate` reads of the configurations of reward and ppo."""
+
+    def content(self) -> dict[str, Any]:
+        return super().content() | TRAINED | PPO
+
+
+def make_chain(folder: Path, *, same_policy: bool = False) -> Path:
+    """Writes the folders of every stage up to ppo and returns the run folder.
+
+    Args:
+        folder: the run.
+        same_policy: PPO has SFT's weights.
+    """
+    config = ChainConfig(run=str(folder), recipe="smoke", tracking="none")
+    seeds = {"pretrain": 0, "sft": 1, "ppo": 1 if same_policy else 2}
+    tokenizer = tiny_tokenizer()
+    made: dict[str, Artifact] = {}
+    for stage in STAGES:
+        kind, parents = CHAIN[stage]
+        with begin(
+            config, stage=stage, kind=kind, parents={name: made[name] for name in parents}
+        ) as run:
+            if stage == "data":
+                _write_data(run.path)
+            elif stage == "reward":
+                tiny_reward_model(vocabulary=len(tokenizer)).save_pretrained(run.path)
+            elif stage in seeds:
+                model = tiny_llama(vocabulary=len(tokenizer), seed=seeds[stage])
+                model.save_pretrained(run.path)
+            if stage != "data":
+                tokenizer.save_pretrained(run.path)
+            run.finish("tiny", chosen={}, summary={}, card="# Tiny")
+        made[stage] = open_artifact(folder / stage, kind=kind)
+    return folder
+
+
+def _write_data(folder: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    generator = random.Random(0)
+    prompts = [
+        {"prompt": " ".join(generator.choices(WORDS, k=4)), "group": f"chat-{row // 3}"}
+        for row in range(20)
+    ]
+    prompts.append({"prompt": " ".join(WORDS * 4), "group": "chat-long"})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(prompts), folder / "prompts-test.parquet")
+    for split in ("train", "test"):
+        rows = [_ranking(generator) for _ in range(3)]
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), folder / f"preferences-{split}.parquet"
+        )
+
+
+def _ranking(generator: random.Random) -> dict[str, Any]:
+    ratings = [[generator.randint(-4, 4) for _ in range(5)] for _ in range(8)]
+    return {
+        "prompts": ["hello"],
+        "set": "tweets",
+        "ids": [str(i) for i in range(8)],
+        "responses": [" ".join(generator.choices(WORDS, k=5)) for _ in range(8)],
+        "scores": [sum(row) / 5 for row in ratings],
+        "ratings": ratings,
+    }

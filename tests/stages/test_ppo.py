@@ -1,0 +1,173 @@
+"""The ppo stage on made-up data and tiny random models: what it writes, refuses and resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.architecture import Architecture
+from pipeline.checkpoint import StageRun, begin, open_artifact
+from pipeline.config import StageConfig
+from pipeline.errors import UserError
+from stages import data, ppo, tokenizer
+
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2
+}  # fmt: skip
+
+
+def stage_config(run: Path) -> StageConfig:
+    return StageConfig(recipe="smoke", run=str(run), tracking="none")
+
+
+def make_models(run: Path) -> None:
+    """Writes sft and reward as finished folders of random weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    from pipeline.models import build_causal_lm, load_tokenizer
+
+    config = stage_config(run)
+    ours = load_tokenizer(run / "tokenizer")
+    parents = {"data": open_artifact(run / "data", kind="dataset")}
+    with begin(config, stage="sft", kind="causal-lm", parents=parents) as stage:
+        model = build_causal_lm(Architecture(options=SIZES), tokenizer=ours, max_length=64, seed=0)
+        model.save_pretrained(stage.path)
+        ours.save_pretrained(stage.path)
+        stage.finish("random", chosen={}, summary={}, card="# sft")
+    parents["sft"] = open_artifact(run / "sft", kind="causal-lm")
+    with begin(config, stage="reward", kind="reward", parents=parents) as stage:
+        torch.manual_seed(1)
+        reward = AutoModelForSequenceClassification.from_pretrained(run / "sft", num_labels=1)
+        reward.config.reward_mean, reward.config.reward_std = 0.0, 0.1
+        reward.save_pretrained(stage.path)
+        ours.save_pretrained(stage.path)
+        stage.finish("random", chosen={}, summary={}, card="# reward")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("ppo")
+    words = ["--recipe=smoke", f"--run={run}", "--tracking=none"]
+    assert data.main(words) == 0
+    assert tokenizer.main(words) == 0
+    make_models(run)
+    return run
+
+
+def words(run: Path, *more: str) -> list[str]:
+    sizes = ["--updates=4", "--save_every=1", "--validate_every=2", "--threads=1"]
+    return ["--recipe=smoke", f"--run={run}", "--tracking=none", *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(run_folder) -> Path:
+    assert ppo.main(words(run_folder)) == 0
+    return run_folder / "ppo"
+
+
+def test_policy_and_critic_load_with_plain_from_pretrained(finished):
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    tokens = AutoTokenizer.from_pretrained(finished)
+    policy = AutoModelForCausalLM.from_pretrained(finished)
+    critic = AutoModelForSequenceClassification.from_pretrained(finished / "value")
+    assert policy.config.vocab_size == len(tokens)
+    assert critic.config.num_labels == 1
+    assert policy.generation_config.eos_token_id == tokens.eos_token_id
+
+
+def test_the_folder_follows_the_contract(finished):
+    artifact = open_artifact(finished, kind="causal-lm")
+    assert set(artifact.content["parents"]) == {"data", "sft", "reward"}
+    assert artifact.content["chosen"]["precision"] == "fp32"
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "objective/kl" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "validation/score" in row] == [0, 2, 4]
+    assert {"validation/kl", "validation/eos_frac"} <= set(artifact.summary)
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "response", "score", "step"} == set(samples[0])
+    assert not any("time/" in key for row in rows for key in row)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("last_point", [1, 3])
+def test_an_interrupted_stage_ends_in_the_same_bytes(finished, run_folder, monkeypatch, last_point):
+    expected = open_artifact(finished, kind="causal-lm").content["files"]
+    save_point = StageRun.save_point
+
+    def dying(self, step, write):
+        if step > last_point:
+            raise Killed
+        save_point(self, step, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "save_point", dying)
+        with pytest.raises(Killed):
+            ppo.main(words(run_folder, "--force=true"))
+    assert ppo.main(words(run_folder)) == 0
+    assert open_artifact(finished, kind="causal-lm").content["files"] == expected
+
+
+def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
+    from pipeline import models
+
+    load = models.load_tokenizer
+
+    def other(path):
+        loaded = load(path)
+        if Path(path).name == "reward":
+            loaded.add_tokens(["<|stranger|>"])
+        return loaded
+
+    monkeypatch.setattr(models, "load_tokenizer", other)
+    config = ppo.Config(
+        recipe="smoke", run=str(run_folder), tracking="none", threads=1, force=True,
+        max_prompt_tokens=32, max_response_tokens=8,
+    )  # fmt: skip
+    parents = {
+        name: open_artifact(run_folder / name, kind=kind) for name, kind in ppo.PARENTS.items()
+    }
+    with pytest.raises(UserError, match="reward has another tokenizer than .*sft.* make reward"):
+        ppo.load_roles(parents["sft"], parents["reward"], accelerator=ppo.setup(config))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--minibatch_size=5", "minibatch_size: 5 does not divide prompts_per_update 16"),
+        ("--updates=0", "updates: must be positive, got 0"),
+        ("--max_response_tokens=60", "92 exceeds the model's context 64"),
+        ("--max_prompt_tokens=1", "none of the .* train prompts has at most 1 tokens"),
+        ("--precision=half", "precision: must be auto, bf16 or fp32, got 'half'"),
+        ("--kl.coef=-1", "kl.coef: must be at least 0"),
+        ("--kl.controller=pid", "kl.controller: must be fixed or adaptive, got 'pid'"),
+        ("--kl.target=0", "kl.target: must be positive"),
+        ("--kl.horizon=0", "kl.horizon: must be positive"),
+        ("--reward.clip=-1", "reward.clip: must be at least 0"),
+        ("--reward.lam=1.5", "reward.lam: must be between 0 and 1"),
+        ("--optimisation.epochs=0", "optimisation.epochs: must be positive"),
+        ("--optimisation.value_coef=0", "optimisation.value_coef: must be positive"),
+        ("--optimisation.max_grad_norm=0", "optimisation.max_grad_norm: must be positive"),
+        ("--optimisation.learning_rate=1.0e+30", "lower the learning rate"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(run_folder, tmp_path, caplog, word, message):
+    import re
+    import shutil
+
+    run = tmp_path / "run"
+    for stage in ("data", "tokenizer", "sft", "reward"):
+        shutil.copytree(run_folder / stage, run / stage)
+    assert ppo.main(words(run, word)) == 2
+    line = caplog.records[-1].getMessage()
+    assert re.search(message, line), line
+    assert "\n" not in line
+    assert not (run / "ppo").exists()

@@ -1,0 +1,254 @@
+"""Pretraining on a tiny model: packing, validation figures, resuming, and what is refused."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import stages.data
+import stages.tokenizer
+from pipeline import checkpoint, corpus
+from pipeline.config import load
+from pipeline.errors import UserError
+from pipeline.fitting import FiniteGradients
+from stages import pretrain
+
+SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """A run folder with the smoke recipe's data and tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    for stage in ("data", "tokenizer"):
+        module = getattr(stages, stage)
+        module.run(load(module.Config, [*SMOKE, f"--run={folder}"], stage=stage))
+    return folder
+
+
+@pytest.fixture
+def run_dir(parents, tmp_path):
+    """A run folder of a test's own with the same parents."""
+    for stage in ("data", "tokenizer"):
+        shutil.copytree(parents / stage, tmp_path / stage)
+    return tmp_path
+
+
+def config_of(folder: Path, **training) -> pretrain.Config:
+    config = load(pretrain.Config, [*SMOKE, f"--run={folder}"], stage="pretrain")
+    fewer = {"steps": 12, "log_every": 2, "save_every": 4, "eval_every": 4, "warmup_steps": 2}
+    return replace(config, training=replace(config.training, **(fewer | training)))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "pretrain" / "model.safetensors").read_bytes()
+
+
+def rows(folder: Path, name: str = "metrics.jsonl"):
+    return [json.loads(line) for line in (folder / "pretrain" / name).read_text().splitlines()]
+
+
+def interrupt_at(step: int, monkeypatch):
+    """Raises as if the process were killed right after the step's resume point."""
+    publish = checkpoint.StageRun.save_point
+
+    def save_point(self, number, write):
+        publish(self, number, write)
+        if number == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.StageRun, "save_point", save_point)
+
+
+def test_packing_keeps_every_token_in_order_and_counts_the_rest():
+    packed, dropped = corpus.pack([[1, 2, 3], [4, 5], [6, 7, 8]], length=3)
+    assert packed.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert dropped == 2
+
+
+def test_documents_are_the_chat_template_and_texts_end_with_eos(parents):
+    from pipeline.models import load_tokenizer
+    from pipeline.tokenizer import encode_conversation, encode_response
+
+    tokenizer = load_tokenizer(parents / "tokenizer")
+    messages = [
+        {"role": "user", "content": "hello there"},
+        {"role": "assistant", "content": "hi!"},
+    ]
+    documents = [{"messages": messages}, {"text": " plain words "}]
+    assert corpus.encode_documents(tokenizer, documents) == [
+        encode_conversation(tokenizer, messages)[0],
+        encode_response(tokenizer, "plain words"),
+    ]
+    assert corpus.texts_of(documents) == ["hello there", "hi!", " plain words "]
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch):
+    pretrain.run(config_of(run_dir))
+    straight, metrics = weights(run_dir), rows(run_dir)
+    shutil.rmtree(run_dir / "pretrain")
+    with monkeypatch.context() as patch:
+        interrupt_at(8, patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(config_of(run_dir))
+    assert not (run_dir / "pretrain" / "manifest.json").exists()
+    pretrain.run(config_of(run_dir))
+    assert weights(run_dir) == straight
+    assert rows(run_dir) == metrics
+
+
+def test_the_folder_is_complete_and_its_figures_hold(run_dir):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = config_of(run_dir)
+    pretrain.run(config)
+    folder = run_dir / "pretrain"
+    artifact = checkpoint.open_artifact(folder, kind="causal-lm")
+    assert not (folder / ".trainer").exists()
+    assert not list(folder.rglob("training_args.bin"))
+    assert artifact.content["chosen"] == {"precision": "fp32"}
+    figures = artifact.summary
+    seen = 12 * config.training.minibatch_size * config.sequence_length
+    assert figures["tokens_per_parameter"] == pytest.approx(seen / figures["parameters"])
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    model, tokenizer = (
+        auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    text = corpus.read_corpus(
+        run_dir / "data" / "text-validation.parquet",
+        tokenizer=tokenizer,
+        length=config.sequence_length,
+    )
+    nll = sum(loss_of(model, row) for row in text.rows)
+    predicted = len(text.rows) * (config.sequence_length - 1)
+    assert figures["loss"] == pytest.approx(nll / predicted, rel=1e-5)
+    bits = figures["loss"] / math.log(2) * text.num_tokens / text.num_bytes
+    assert figures["bits_per_byte"] == pytest.approx(bits)
+
+
+def loss_of(model, row):
+    """The sum of -log p of a row's tokens, one position at a time."""
+    with torch.no_grad():
+        logprobs = model(input_ids=row[None]).logits[0].double().log_softmax(dim=-1)
+    return -sum(float(logprobs[i, token]) for i, token in enumerate(row[1:]))
+
+
+def test_microbatches_change_nothing_but_rounding(run_dir):
+    losses = []
+    for size in (8, 2):
+        pretrain.run(replace(config_of(run_dir, microbatch_size=size, steps=4), force=True))
+        losses.append([row["train/loss"] for row in rows(run_dir) if "train/loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_bf16_stays_near_fp32_and_keeps_float32_weights(run_dir):
+    from safetensors.torch import load_file
+
+    losses = []
+    for precision in ("fp32", "bf16"):
+        pretrain.run(replace(config_of(run_dir, precision=precision, steps=4), force=True))
+        losses.append([row["train/loss"] for row in rows(run_dir) if "train/loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] != losses[1]
+    saved = load_file(run_dir / "pretrain" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert "attn_implementation" not in (run_dir / "pretrain" / "config.json").read_text()
+
+
+def test_adamw_dropout_and_smoothing_train(run_dir):
+    config = replace(
+        config_of(run_dir, optimizer="adamw", steps=4), dropout=0.1, label_smoothing=0.1
+    )
+    pretrain.run(config)
+    assert json.loads((run_dir / "pretrain" / "config.json").read_text())[
+        "attention_dropout"
+    ] == pytest.approx(0.1)
+
+
+def test_init_from_goes_on_from_a_folder(run_dir, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pretrain.run(config_of(run_dir))
+    first = rows(run_dir)[-1]["validation/loss"]
+    (run_dir / "pretrain").rename(run_dir / "base")
+    pretrain.run(replace(config_of(run_dir), init_from=str(run_dir / "base")))
+    assert rows(run_dir)[-1]["validation/loss"] < first
+
+
+def test_init_from_with_another_tokenizer_is_refused(run_dir):
+    from pipeline.tokenizer import train_tokenizer
+
+    pretrain.run(config_of(run_dir, steps=2))
+    (run_dir / "pretrain").rename(run_dir / "base")
+    other = train_tokenizer(["some other words altogether"] * 3, vocabulary_size=300)
+    other.save_pretrained(run_dir / "base")
+    with pytest.raises(UserError, match=r"init_from: .*base was trained with another tokenizer"):
+        pretrain.run(replace(config_of(run_dir), init_from=str(run_dir / "base")))
+    assert not (run_dir / "pretrain").exists()
+
+
+def test_init_from_without_a_tokenizer_is_refused(run_dir):
+    pretrain.run(config_of(run_dir, steps=2))
+    (run_dir / "pretrain").rename(run_dir / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (run_dir / "base" / name).unlink()
+    with pytest.raises(UserError, match=r"init_from: .*base has no tokenizer"):
+        pretrain.run(replace(config_of(run_dir), init_from=str(run_dir / "base")))
+
+
+def test_a_row_longer_than_the_models_context_is_refused(run_dir):
+    pretrain.run(config_of(run_dir, steps=2))
+    (run_dir / "pretrain").rename(run_dir / "base")
+    config = replace(
+        config_of(run_dir),
+        init_from=str(run_dir / "base"),
+        sequence_length=129,
+        context_length=0,
+    )
+    with pytest.raises(UserError, match=r"129 is longer than the model's context of 128"):
+        pretrain.run(config)
+
+
+def test_a_diverging_run_stops_before_the_weights_move(run_dir):
+    config = config_of(run_dir, optimizer="adamw", learning_rate=1e38, max_grad_norm=0.0)
+    with pytest.raises(UserError, match=r"not finite at step \d+ on rank 0 .*learning_rate"):
+        pretrain.run(config)
+    assert not (run_dir / "pretrain").exists()
+
+
+def test_a_non_finite_gradient_is_named():
+    model = torch.nn.Linear(2, 1)
+    model(torch.full((1, 2), float("nan"))).sum().backward()
+    state = type("State", (), {"global_step": 4})()
+    with pytest.raises(UserError, match=r"at step 5 on rank 0 \(first seen in weight\)"):
+        FiniteGradients().on_pre_optimizer_step(None, state, None, model=model)
+
+
+def test_missing_or_short_text_is_refused(run_dir, parents):
+    from pipeline.models import load_tokenizer
+
+    tokenizer = load_tokenizer(parents / "tokenizer")
+    with pytest.raises(UserError, match=r"nowhere.parquet does not exist"):
+        corpus.read_corpus(run_dir / "nowhere.parquet", tokenizer=tokenizer, length=8)
+    with pytest.raises(UserError, match=r"tokens, less than one row of sequence_length 9999999"):
+        corpus.read_corpus(
+            run_dir / "data" / "text-validation.parquet", tokenizer=tokenizer, length=9999999
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequence_length": 1}, "sequence_length: must be at least 2, got 1"),
+        ({"sequence_length": 300, "context_length": 256}, "300 is longer than the model's"),
+        ({"eval_rows": 0}, "eval_rows: must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout: must be in \[0, 1\), got 1.0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(settings, message):
+    with pytest.raises(UserError, match=message):
+        pretrain.Config(**settings)

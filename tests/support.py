@@ -1,0 +1,50 @@
+"""What tests share: tolerances, tiny models, a predictable tokenizer."""
+
+from typing import Any
+
+import torch
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def assert_close(actual: torch.Tensor, expected: Any, *, tolerance: float | None = None) -> None:
+    """Compares tensors; the tolerance follows from the actual's precision unless it is given."""
+    allowed = TOLERANCE[actual.dtype] if tolerance is None else tolerance
+    wanted = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, wanted, rtol=allowed, atol=allowed)
+
+
+def tiny_llama(*, vocabulary: int = 24, seed: int = 0, hidden: int = 16) -> Any:
+    """A causal LM of a few thousand random weights, spread so that its tokens differ."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(_llama_config(LlamaConfig, vocabulary, hidden)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20.0)
+    return model
+
+
+def tiny_reward_model(*, vocabulary: int = 24, seed: int = 1, hidden: int = 16) -> Any:
+    """A reward model of the same size, with normalisation constants that are not 0 and 1."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = _llama_config(LlamaConfig, vocabulary, hidden)
+    config.num_labels = 1
+    config.reward_mean, config.reward_std = 0.25, 2.0
+    return LlamaForSequenceClassification(config).eval()
+
+
+def _llama_config(config_class: Any, vocabulary: int, hidden: int) -> Any:
+    return config_class(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )

@@ -1,0 +1,234 @@
+"""The run-folder contract: manifests, verification, lineage, logs and resume points."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import begin, open_artifact
+from pipeline.config import StageConfig
+from pipeline.errors import UpToDate, UserError
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path, monkeypatch):
+    """A checkout with a recipe whose YAML files are old."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("sft", "reward", "ppo"):
+        path = tmp_path / "configs" / "cpu" / f"{stage}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("seed: 1\n", encoding="utf-8")
+        os.utime(path, (1, 1))
+
+
+def config(**changes) -> StageConfig:
+    return StageConfig(**{"tracking": "none", **changes})
+
+
+def make(stage="sft", *, kind="causal-lm", parents=None, text="weights", **changes):
+    """Runs a stage that writes one file; returns its artifact."""
+    with begin(config(**changes), stage=stage, kind=kind, parents=parents or {}) as run:
+        (run.path / "model.txt").write_text(text, encoding="utf-8")
+        run.log(1, {"train/loss": 0.5})
+        run.finish("done", chosen={"precision": "fp32"}, summary={"loss": 0.5}, card="# Card")
+    return open_artifact(run.path, kind=kind)
+
+
+def test_a_finished_folder_opens_with_its_record(caplog):
+    with caplog.at_level("INFO"):
+        artifact = make()
+    assert artifact.path == Path("runs/cpu/sft")
+    assert (artifact.stage, artifact.kind, artifact.summary) == ("sft", "causal-lm", {"loss": 0.5})
+    assert artifact.config["seed"] == 1
+    assert set(artifact.content["files"]) == {"model.txt", "metrics.jsonl"}
+    assert artifact.content["chosen"] == {"precision": "fp32"}
+    assert artifact.manifest["circumstances"]["wall_seconds"] >= 0
+    assert (artifact.path / "README.md").read_text(encoding="utf-8") == "# Card\n"
+    assert caplog.records[-1].getMessage() == "sft: done -> runs/cpu/sft"
+
+
+def test_the_same_content_has_the_same_digest_wherever_and_whenever_it_is_made():
+    first = make()
+    second = make(run="elsewhere")
+    assert first.digest == second.digest
+    assert make(run="third", seed=2).digest != first.digest
+    assert make(run="fourth", text="other weights").digest != first.digest
+
+
+def test_a_moved_folder_still_verifies(tmp_path):
+    artifact = make()
+    moved = tmp_path / "moved"
+    shutil.move(artifact.path, moved)
+    assert open_artifact(moved, kind="causal-lm").digest == artifact.digest
+
+
+def test_a_missing_folder_names_the_command():
+    with pytest.raises(UserError, match="runs/cpu/sft does not exist. Run: make sft RECIPE=cpu"):
+        open_artifact(Path("runs/cpu/sft"), kind="causal-lm")
+    with pytest.raises(UserError, match="Run: make sft RUN=else/where"):
+        open_artifact(Path("else/where/sft"), kind="causal-lm")
+
+
+def test_an_unfinished_folder_is_refused():
+    make().path.joinpath("manifest.json").unlink()
+    with pytest.raises(UserError, match="has no manifest.json, so that stage did not finish"):
+        open_artifact(Path("runs/cpu/sft"), kind="causal-lm")
+
+
+def test_another_kind_is_refused():
+    make()
+    with pytest.raises(UserError, match="is a causal-lm folder, but a reward folder is needed"):
+        open_artifact(Path("runs/cpu/sft"), kind="reward")
+
+
+@pytest.mark.parametrize("text", ["Weights", "weights and more", ""])
+def test_an_altered_file_is_named(text):
+    path = make().path / "model.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="model.txt was altered after .* make sft .*FORCE=1"):
+        open_artifact(path.parent, kind="causal-lm")
+
+
+def test_a_removed_file_is_named():
+    path = make().path / "model.txt"
+    path.unlink()
+    with pytest.raises(UserError, match="model.txt is missing"):
+        open_artifact(path.parent, kind="causal-lm")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"content": {"format_version": 99}}'])
+def test_a_broken_or_foreign_manifest_is_refused(text):
+    path = make().path / "manifest.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="manifest.json is not"):
+        open_artifact(path.parent, kind="causal-lm")
+
+
+def test_the_same_command_again_is_up_to_date():
+    make()
+    with pytest.raises(UpToDate, match="runs/cpu/sft is up to date"):
+        make()
+
+
+def test_other_command_line_settings_are_refused_saying_what_differs():
+    make(seed=1)
+    with pytest.raises(UserError, match=r"seed: 1 there, 2 here.*FORCE=1") as caught:
+        make(seed=2, overrides=("seed=2",))
+    assert "threads" not in str(caught.value)
+    assert make(seed=2, overrides=("seed=2",), force=True).config["seed"] == 2
+
+
+def test_a_touched_yaml_or_parent_rebuilds():
+    sft = make()
+    os.utime("configs/cpu/sft.yaml")
+    sft = make()
+    make("reward", kind="reward", parents={"sft": sft})
+    with pytest.raises(UpToDate):
+        make("reward", kind="reward", parents={"sft": sft})
+    os.utime(sft.path / "manifest.json")
+    make("reward", kind="reward", parents={"sft": sft})
+
+
+def test_an_edited_yaml_rebuilds_though_the_settings_differ():
+    make(seed=1)
+    assert make(seed=3).config["seed"] == 3
+
+
+def test_parents_that_do_not_belong_together_are_refused():
+    sft = make()
+    reward = make("reward", kind="reward", parents={"sft": sft})
+    other = make(seed=2, force=True)
+    with pytest.raises(UserError, match="reward was made from another sft .* make reward"):
+        make("ppo", parents={"sft": other, "reward": reward})
+
+
+def test_a_users_mistake_leaves_nothing_behind():
+    with (
+        pytest.raises(UserError, match="too long"),
+        begin(config(), stage="sft", kind="causal-lm", parents={}) as run,
+    ):
+        (run.path / "half.txt").write_text("half", encoding="utf-8")
+        raise UserError("too long")
+    assert not run.path.exists()
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def interrupted(*steps, stop, **changes):
+    """Runs a stage that counts in a file, saving a point every step, and dies after `stop`."""
+    started = []
+    with begin(config(**changes), stage="sft", kind="causal-lm", parents={}) as run:
+        point = run.latest_point()
+        done = 0 if point is None else int((point[1] / "count").read_text(encoding="utf-8"))
+        started.append(done)
+        for step in steps[done:]:
+            run.log(step, {"a/b": float(step)})
+            run.log_samples(step, [{"text": "é"}])
+            if step > stop:
+                raise Killed
+            run.save_point(
+                step, lambda path, s=step: (path / "count").write_text(str(s), encoding="utf-8")
+            )
+        run.finish("done", chosen={}, summary={}, card="")
+    return started[0]
+
+
+def rows(name="metrics.jsonl"):
+    text = Path("runs/cpu/sft", name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_an_interrupted_stage_goes_on_without_a_double_or_missing_row(caplog):
+    with pytest.raises(Killed):
+        interrupted(1, 2, 3, 4, stop=2)
+    assert [row["step"] for row in rows()] == [1, 2, 3]
+    with caplog.at_level("INFO"):
+        assert interrupted(1, 2, 3, 4, stop=9) == 2
+    assert "sft: goes on from step 2 of runs/cpu/sft" in caplog.messages
+    assert [row["step"] for row in rows()] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows("samples.jsonl")] == [1, 2, 3, 4]
+
+
+def test_only_the_last_points_are_kept():
+    interrupted(1, 2, 3, 4, 5, stop=9)
+    kept = {path.name for path in Path("runs/cpu/sft/checkpoints").iterdir()}
+    assert kept == {"step-4", "step-5"}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "foreign", "point"])
+def test_a_damaged_point_is_named_and_the_one_before_is_taken(damage, caplog):
+    with pytest.raises(Killed):
+        interrupted(1, 2, 3, 4, stop=3)
+    folder = Path("runs/cpu/sft/checkpoints/step-3")
+    if damage == "truncate":
+        (folder / "count").write_text("", encoding="utf-8")
+    elif damage == "remove":
+        (folder / "count").unlink()
+    elif damage == "foreign":
+        (folder / "stranger").write_text("x", encoding="utf-8")
+    else:
+        (folder / "point.json").write_text("{", encoding="utf-8")
+    with caplog.at_level("INFO"):
+        assert interrupted(1, 2, 3, 4, stop=9) == 2
+    assert any("step-3 is not used" in line for line in caplog.messages)
+    assert [row["step"] for row in rows()] == [1, 2, 3, 4]
+
+
+def test_points_of_another_configuration_are_not_used(caplog):
+    with pytest.raises(Killed):
+        interrupted(1, 2, 3, stop=2)
+    assert interrupted(1, 2, 3, stop=9, seed=5) == 0
+    assert any("belongs to another configuration" in line for line in caplog.messages)
+
+
+def test_a_half_written_point_is_ignored():
+    with pytest.raises(Killed):
+        interrupted(1, 2, 3, stop=1)
+    half = Path("runs/cpu/sft/checkpoints/.step-2.tmp")
+    half.mkdir()
+    (half / "count").write_text("2", encoding="utf-8")
+    assert interrupted(1, 2, 3, stop=9) == 1

@@ -1,0 +1,92 @@
+"""The command line: exit codes, and one line for what a user can mend."""
+
+import errno
+
+import pytest
+
+from pipeline.command import command
+from pipeline.config import StageConfig
+from pipeline.errors import UpToDate, UserError
+
+
+@pytest.fixture(autouse=True)
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "cpu").mkdir(parents=True)
+    (tmp_path / "configs" / "cpu" / "toy.yaml").write_text("seed: 1\n", encoding="utf-8")
+
+
+def outcome(error, caplog):
+    def run(config: StageConfig) -> None:
+        if error is not None:
+            raise error
+
+    with caplog.at_level("INFO"):
+        code = command(StageConfig, run, [], stage="toy")
+    return code, [record.getMessage() for record in caplog.records]
+
+
+def test_success_is_zero(caplog):
+    assert outcome(None, caplog) == (0, [])
+
+
+def test_up_to_date_is_zero_and_said(caplog):
+    assert outcome(UpToDate("runs/cpu/toy is up to date"), caplog) == (
+        0,
+        ["toy: runs/cpu/toy is up to date"],
+    )
+
+
+def test_a_users_mistake_is_two_and_one_line(caplog):
+    code, lines = outcome(UserError("size: wrong\n  on two lines"), caplog)
+    assert (code, lines) == (2, ["toy: size: wrong on two lines"])
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "quota is used up"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+    ],
+)
+def test_disk_trouble_is_two_and_names_the_file(number, words, caplog):
+    code, lines = outcome(OSError(number, "trouble", "runs/cpu/toy/x"), caplog)
+    assert code == 2
+    assert len(lines) == 1
+    assert "runs/cpu/toy/x" in lines[0]
+    assert words in lines[0]
+
+
+def test_a_read_only_folder_is_one_line(tmp_path, caplog):
+    from pipeline.checkpoint import begin
+
+    def run(config: StageConfig) -> None:
+        with begin(config, stage="toy", kind="report", parents={}):
+            raise AssertionError("a file stands where the folder should be")
+
+    (tmp_path / "runs").write_text("not a folder", encoding="utf-8")
+    with caplog.at_level("INFO"):
+        code = command(StageConfig, run, ["--tracking=none"], stage="toy")
+    assert code == 2
+    assert "runs" in caplog.records[-1].getMessage()
+
+
+def test_our_own_bugs_keep_their_traceback(caplog):
+    with pytest.raises(OSError, match="strange"):
+        outcome(OSError(errno.EIO, "strange"), caplog)
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(caplog):
+    code, lines = outcome(KeyboardInterrupt(), caplog)
+    assert code == 130
+    assert lines == ["toy: interrupted; the same command goes on from the last resume point"]
+
+
+def test_another_process_speaks_after_the_main_one(monkeypatch, caplog):
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pipeline.command.time.sleep", waited.append)
+    code, lines = outcome(UserError("only here"), caplog)
+    assert (code, lines, waited) == (2, ["toy: only here"], [5.0])

@@ -1,0 +1,39 @@
+"""Processes: threads, and the refusal to work alone when company was asked for."""
+
+import os
+
+import pytest
+
+from pipeline import distributed
+from pipeline.config import StageConfig
+from pipeline.errors import UserError
+
+
+def test_one_process_is_the_main_one():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+
+
+def test_threads_are_as_configured_or_a_fair_share_of_the_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert distributed.num_threads(StageConfig(threads=3)) == 3
+    assert distributed.num_threads(StageConfig()) == cores
+    assert distributed.num_threads(StageConfig(num_processes=2 * cores)) == 1
+
+
+@pytest.mark.parametrize("function", [distributed.setup, distributed.only_main])
+def test_a_lonely_process_refuses_to_work_for_two(function):
+    with pytest.raises(UserError, match="num_processes=2 asked for, but 1 connected.*NPROC=2"):
+        function(StageConfig(num_processes=2))
+
+
+def test_an_unexpected_companion_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="num_processes=1 asked for, but 2 connected"):
+        distributed.only_main(StageConfig())
+
+
+def test_other_processes_leave_the_work_to_the_main_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert not distributed.only_main(StageConfig(num_processes=2))

@@ -1,0 +1,56 @@
+"""Batches of prompt + response, and log-probabilities of response tokens."""
+
+import torch
+
+from pipeline.sequences import collate, pad_tokens, response_logits, response_logprobs
+from tests.support import assert_close, tiny_llama
+
+PROMPTS, RESPONSES = [[5, 6, 7], [8]], [[9, 1], [10, 11, 12]]
+
+
+def test_collate_by_hand():
+    batch = collate(PROMPTS, RESPONSES, pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 1], [8, 10, 11, 12, 0]]
+    assert batch.attention_mask.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
+    assert batch.response_mask.tolist() == [
+        [False, False, False, True, True],
+        [False, True, True, True, False],
+    ]
+
+
+def test_logprobs_are_those_of_each_row_alone():
+    model = tiny_llama().double()
+    batch = collate(PROMPTS, RESPONSES, pad_id=0)
+    with torch.no_grad():
+        logprobs = response_logprobs(model, batch, temperature=0.7)
+        for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            logits = model(torch.tensor([prompt + response])).logits[0] / 0.7
+            for offset, token in enumerate(response):
+                position = len(prompt) + offset
+                expected = logits[position - 1].log_softmax(-1)[token]
+                assert_close(logprobs[row, position], expected)
+    assert bool((logprobs[~batch.response_mask] == 0).all())
+
+
+def test_more_padding_changes_nothing():
+    model = tiny_llama().double()
+    with torch.no_grad():
+        tight = response_logits(model, collate(PROMPTS[:1], RESPONSES[:1], pad_id=0))
+        loose = response_logits(
+            model, collate([*PROMPTS[:1], [4] * 9], [*RESPONSES[:1], [3] * 9], pad_id=0)
+        )
+    assert_close(loose[:2], tight)
+
+
+def test_logits_are_at_least_float32():
+    model = tiny_llama().bfloat16()
+    with torch.no_grad():
+        logits = response_logits(model, collate(PROMPTS, RESPONSES, pad_id=0))
+    assert logits.dtype == torch.float32
+    assert logits.shape == (5, 24)
+
+
+def test_pad_tokens_fills_the_mask_row_by_row():
+    mask = torch.tensor([[True, False], [True, True]])
+    assert pad_tokens(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1.0, 0.0], [2.0, 3.0]]
