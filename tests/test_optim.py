@@ -1,11 +1,12 @@
 """Muon for the body's matrices and AdamW for the rest, as one optimizer."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
-from pipeline.optim import build_optimizer, split_parameters
+from pipeline.optim import build_optimizer, orthogonalised, split_parameters
 from pipeline.training import Training
 from tests.support import assert_close, tiny_llama, tiny_reward_model
 
@@ -71,7 +72,7 @@ def test_each_half_moves_as_it_would_alone():
     matrices, outer, vectors = split_parameters(apart)
     muon = torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.1, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(outer + vectors, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    optimizer = build_optimizer(together, MUON)
+    optimizer = build_optimizer(together, dataclasses.replace(MUON, precision="bf16"))
     for seed in range(3):
         step(together, optimizer, seed)
         torch.manual_seed(seed)
@@ -82,6 +83,20 @@ def test_each_half_moves_as_it_would_alone():
             half.zero_grad()
     for ours, theirs in zip(together.parameters(), apart.parameters(), strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (12, 12)])
+def test_an_orthogonalised_matrix_keeps_its_singular_vectors_and_levels_its_values(shape):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    inner = left.T @ orthogonalised(matrix, dtype=torch.float32) @ right.T
+    assert_close(inner - inner.diag().diag(), torch.zeros_like(inner))
+    assert 0.5 < inner.diag().min() < inner.diag().max() < 1.3
+
+
+def test_a_matrix_without_gradient_direction_stays_finite():
+    assert_close(orthogonalised(torch.zeros(3, 4), dtype=torch.float32), torch.zeros(3, 4))
 
 
 def test_a_schedule_sees_every_group():
