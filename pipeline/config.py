@@ -3,6 +3,7 @@
 The only module that knows jsonargparse.
 """
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -90,8 +91,6 @@ def load(config_class: type[C], argv: Sequence[str] | None = None, *, stage: str
         parser.parse_args(["--help"])
     if not path.is_file():
         raise UserError(f"no configuration {path}; recipes with this stage: {_recipes(stage)}")
-    import argparse
-
     try:
         values = vars(parser.instantiate(parser.parse_args(words)))
         names = {field.name for field in dataclasses.fields(config_class)}
@@ -134,11 +133,14 @@ def _recipes(stage: str) -> str:
 def _parser(config_class: type[StageConfig], *, stage: str, path: Path) -> Any:
     import jsonargparse
 
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Leaves the lines of the stage's docstring as they are."""
+
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
         description=(sys.modules[config_class.__module__].__doc__ or "").strip(),
-        formatter_class=jsonargparse.DefaultHelpFormatter,
+        formatter_class=Formatter,
         exit_on_error=False,
         default_env=False,
         default_config_files=[str(path)] if path.is_file() else [],

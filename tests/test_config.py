@@ -84,6 +84,8 @@ def test_a_mistake_is_one_line(recipe, yaml, words, message):
 def test_help_lists_every_field_with_its_docstring(recipe, capsys):
     with pytest.raises(SystemExit, match="0"):
         load(Config, ["--help"], stage="toy")
-    text = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert __doc__.strip() in printed
+    text = " ".join(printed.split())
     assert "Some size. (type: int, default: 7)" in text
     assert "--inner.coef COEF Coefficient." in text
