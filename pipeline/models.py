@@ -146,12 +146,13 @@ def last_token_scores(
     *,
     pad_id: int,
 ) -> Float[Tensor, "batch"]:
-    """Returns the raw score of each prompt + response, read at the last real token."""
+    """Returns raw scores read at the last real token of each row, float32 or wider."""
     batch = collate(prompts, responses, pad_id=pad_id).to(model.device)
     hidden = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
     last = batch.attention_mask.sum(dim=1) - 1
     rows = torch.arange(len(last), device=last.device)
-    return model.score(hidden[rows, last])[:, 0].float()
+    raw: Tensor = model.score(hidden[rows, last])[:, 0]
+    return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -175,5 +176,6 @@ def score_responses(
         raw = last_token_scores(
             model, [prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=pad_id
         )
+        scores = scores.to(raw.dtype)  # float64 stays float64
         scores[chosen] = raw.cpu()
     return (scores - model.config.reward_mean) / model.config.reward_std

@@ -71,7 +71,9 @@ def test_loading_what_is_not_there_is_one_line(tmp_path):
 def test_a_reward_model_needs_one_label_and_its_constants(tmp_path):
     model = tiny_reward_model()
     model.save_pretrained(tmp_path / "good")
-    assert load_reward_model(tmp_path / "good").config.reward_std == 2.0
+    loaded = load_reward_model(tmp_path / "good")
+    assert loaded.config.reward_std == 2.0
+    assert not loaded.training  # dropout is off
     del model.config.reward_mean
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="lacks reward_mean and reward_std"):

@@ -78,9 +78,13 @@ def token_values(
     value_model: Any,
     batch: Batch,
 ) -> Float[Tensor, "token"]:
-    """Returns the normalised value of the state before each response token, row-major."""
+    """Returns the normalised value of the state before each response token, row-major.
+
+    Float32 or wider.
+    """
     hidden = value_model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    raw = value_model.score(hidden[:, :-1][batch.response_mask[:, 1:]])[:, 0].float()
+    raw = value_model.score(hidden[:, :-1][batch.response_mask[:, 1:]])[:, 0]
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     return (raw - value_model.config.reward_mean) / value_model.config.reward_std
 
 
@@ -147,7 +151,7 @@ def assemble(
         prompts=prompts,
         responses=responses,
         mask=mask,
-        scores=torch.tensor(measured["scores"]),
+        scores=torch.tensor(measured["scores"], dtype=tokens["logprobs"].dtype),
         ended=torch.tensor([response[-1] == eos_id for response in responses]),
         **tokens,
     )

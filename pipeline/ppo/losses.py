@@ -82,7 +82,7 @@ def value_loss(
         num_tokens: valid tokens of the whole minibatch, over all ranks.
     """
     value, old, target = values[mask], old_values[mask], returns[mask]
-    near = old + (value - old).clamp(-clip, clip)
+    near = value.clamp(old - clip, old + clip)  # exactly the value where it is not clipped
     unclipped, clipped = (value - target).square(), (near - target).square()
     loss = 0.5 * torch.maximum(unclipped, clipped).sum() / num_tokens
     return Loss(loss, {"clip_frac": float((clipped > unclipped).sum())})

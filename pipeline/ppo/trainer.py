@@ -265,7 +265,10 @@ class PPOTrainer:
 
     def _reduced_norm(self, name: str) -> float:
         """Returns a model's gradient norm before clipping, gradients summed over all processes."""
-        parameters = [p for p in self.models[name].parameters() if p.grad is not None]
+        parameters = [p for p in self.models[name].parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:  # this process had no row of the minibatch
+                parameter.grad = torch.zeros_like(parameter)
         if distributed.world_size() > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters])
             flat = self.accelerator.reduce(flat, reduction="sum")

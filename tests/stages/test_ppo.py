@@ -139,6 +139,21 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
         ppo.load_roles(parents["sft"], parents["reward"], accelerator=ppo.setup(config))
 
 
+def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
+    config = ppo.Config(recipe="smoke", run=str(run_folder), tracking="none", threads=1)
+    parents = {
+        name: open_artifact(run_folder / name, kind=kind) for name, kind in ppo.PARENTS.items()
+    }
+    roles = ppo.load_roles(parents["sft"], parents["reward"], accelerator=ppo.setup(config))
+    first = {name: next(model.parameters()) for name, model in vars(roles).items()}
+    assert len({tensor.data_ptr() for tensor in first.values()}) == 4
+    assert {name for name, tensor in first.items() if tensor.requires_grad} == {"policy", "value"}
+    same = zip(roles.policy.parameters(), roles.reference.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    same = zip(roles.value.parameters(), roles.reward_model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -1,0 +1,146 @@
+"""One update on a recorded rollout, cut, padded, ordered and shared out in every way there is.
+
+In float64 the weights agree to 1e-9. In float32 to 1e-5: at most four AdamW steps of 3e-3, each
+off by a gradient's rounding (1e-8) over its smallest divisor (epsilon, 1e-5).
+Generation itself is held by test_rollout.py: batch split, order of rows, left padding.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from pipeline import models
+from pipeline.ppo import experience
+from pipeline.ppo import trainer as module
+from pipeline.sequences import Batch, collate
+from tests.ppo.company import Company
+from tests.ppo.worlds import trainer, weights
+from tests.support import assert_close
+
+TOLERANCE = {True: 1e-9, False: 1e-5}
+both_precisions = pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
+SHUFFLED = [7, 2, 11, 0, 9, 4, 1, 10, 6, 3, 8, 5]
+
+
+@functools.cache
+def recorded() -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses of the first update, lengths and endings of all kinds among them."""
+    ppo = trainer(double=True)
+    prompts = [ppo.prompts[row] for row in ppo.prompt_rows(0)]
+    return prompts, ppo.sample(prompts, update=0)
+
+
+def prepared(*, double: bool, order=range(12), **changes):
+    """A trainer that will find the recorded rollout, its rows in the given order."""
+    ppo = trainer(double=double, **changes)
+    prompts, responses = recorded()
+    ppo.prompts = [prompts[row] for row in order]
+    ppo.prompt_rows = lambda number: list(range(len(prompts)))
+    ppo.sample = lambda *_, **__: [responses[row] for row in order]
+    return ppo
+
+
+def updated(**options) -> torch.Tensor:
+    """The weights after an update."""
+    ppo = prepared(**options)
+    ppo.update(0)
+    return weights(ppo)
+
+
+@functools.cache
+def plain(double: bool) -> torch.Tensor:
+    return updated(double=double)
+
+
+def same(result: torch.Tensor, *, double: bool) -> None:
+    assert not torch.equal(plain(double), weights(trainer(double=double)))
+    assert_close(result, plain(double), tolerance=TOLERANCE[double])
+
+
+def test_the_recorded_rollout_is_ragged():
+    prompts, responses = recorded()
+    assert len({len(prompt) for prompt in prompts}) > 2
+    assert len({len(response) for response in responses}) > 2
+    assert {response[-1] == 1 for response in responses} == {True, False}
+
+
+@both_precisions
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_microbatches(size, double):
+    same(updated(double=double, microbatch_size=size), double=double)
+
+
+@both_precisions
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_the_batches_in_which_a_rollout_is_measured(size, double, monkeypatch):
+    measure = module.measure
+    monkeypatch.setattr(
+        module, "measure", lambda *args, **kwargs: measure(*args, **{**kwargs, "batch_size": size})
+    )
+    same(updated(double=double), double=double)
+
+
+def padded(prompts, responses, *, pad_id, left, right):
+    """`collate` with more columns; positions count real tokens only, junk where there is none."""
+    batch = collate(prompts, responses, pad_id=pad_id)
+    fill = {"input_ids": 4, "position_ids": 0}
+    return Batch(
+        **{
+            name: torch.nn.functional.pad(
+                getattr(batch, name), (left, right), value=fill.get(name, False)
+            )
+            for name in Batch.__dataclass_fields__
+        }
+    )
+
+
+@both_precisions
+@pytest.mark.parametrize(("left", "right"), [(0, 5), (4, 0), (3, 2)])
+def test_padding(left, right, double, monkeypatch):
+    for place in (module, experience):
+        more = functools.partial(padded, left=left, right=right)
+        monkeypatch.setattr(place, "collate", more)
+    # the score is read at the last real token of a row that its own collate padded on the right
+    monkeypatch.setattr(models, "collate", functools.partial(padded, left=0, right=left + right))
+    same(updated(double=double), double=double)
+
+
+@both_precisions
+def test_the_order_of_rows(double, monkeypatch):
+    permutation = module._permutation
+    place = torch.tensor(SHUFFLED).argsort().numpy()  # where the shuffled rollout holds each row
+
+    def same_minibatches(*args, size):
+        return place[permutation(*args, size=size)]
+
+    monkeypatch.setattr(module, "_permutation", same_minibatches)
+    same(updated(double=double, order=SHUFFLED), double=double)
+
+
+@both_precisions
+def test_gradient_checkpointing(double):
+    ppo, forwards = prepared(double=double), []
+    for model in ppo.models.values():
+        model.activation_checkpointing_enable()
+        model.train()  # transformers recomputes in training mode only; dropout is 0 here
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    ppo.update(0)
+    same(weights(ppo), double=double)
+    # of both models: 2 forward passes to measure, 4 in the steps (2 epochs of 2 minibatches), and
+    # those 4 again in their backward passes
+    assert len(forwards) == 2 * (2 + 4 + 4)
+
+
+@both_precisions
+@pytest.mark.parametrize("size", [2, 8], ids=["2", "8, more than a minibatch has rows"])
+def test_processes(size, double, monkeypatch):
+    plain(double)  # by one process, before there is company
+    company = Company(size)
+    monkeypatch.setattr(module, "distributed", company)
+    ranks = [prepared(double=double) for _ in range(size)]
+    for ppo in ranks:
+        ppo.accelerator = company
+    company.work(lambda rank: ranks[rank].update(0))
+    for ppo in ranks:
+        same(weights(ppo), double=double)
