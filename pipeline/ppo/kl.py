@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from pipeline.ppo.advantages import token_mean
 
 ERROR_CLIP = 0.2
 """Largest relative error the adaptive controller answers to (Ziegler et al. 2019, section 2.2)."""
@@ -33,6 +36,23 @@ def full_kl(
     """Returns KL(pi || ref) over the whole vocabulary at every token; log-probabilities will do."""
     logprobs, ref_logprobs = logits.log_softmax(dim=-1), ref_logits.log_softmax(dim=-1)
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=-1)
+
+
+def compensated(
+    kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], *, share: float
+) -> Float[Tensor, "batch time"]:
+    """Returns each token's KL less a share of the mean over all valid tokens, 0 outside the mask.
+
+    A policy that has moved pays for every token it writes, so the penalty itself makes it stop
+    early. At share 1 the tokens of a rollout pay nothing on average: those that stray more than
+    the mean pay, the others are paid, and length alone changes nothing. Ours.
+
+    Args:
+        kl: KL of each token; anything outside the mask.
+        mask: True on response tokens.
+        share: 0 leaves the penalty as it is, 1 makes it indifferent to length.
+    """
+    return torch.where(mask, kl - share * token_mean(kl, mask), 0.0)
 
 
 @dataclass

@@ -17,6 +17,8 @@ class KL:
     """KL per response in nats that the adaptive controller steers to."""
     horizon: float = 10000.0
     """Episodes over which the adaptive coefficient can change by about 20%."""
+    length_compensation: float = 0.0
+    """Share of the mean KL per token that every token gets back; 1: length costs nothing."""
 
     def __post_init__(self) -> None:
         require(self.coef >= 0, f"kl.coef: must be at least 0, got {self.coef}")
@@ -26,6 +28,8 @@ class KL:
         )
         require(self.target > 0, f"kl.target: must be positive, got {self.target}")
         require(self.horizon > 0, f"kl.horizon: must be positive, got {self.horizon}")
+        share = self.length_compensation
+        require(0 <= share <= 1, f"kl.length_compensation: must be between 0 and 1, got {share}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from pipeline.models import load_causal_lm, load_reward_model
 from pipeline.ppo.advantages import gae, whiten
 from pipeline.ppo.checks import RATIO_TOLERANCE, check_experience, check_norms, check_step
 from pipeline.ppo.experience import Experience, Roles, assemble, length_mask, measure, token_values
-from pipeline.ppo.kl import AdaptiveController, Controller, FixedController
+from pipeline.ppo.kl import AdaptiveController, Controller, FixedController, compensated
 from pipeline.ppo.losses import policy_loss, value_loss
 from pipeline.ppo.metrics import explained_variance, named_sums, objective, step_metrics
 from pipeline.ppo.rewards import final_scores, token_rewards
@@ -92,7 +92,8 @@ class PPOTrainer:
             missing_eos_score=settings.reward.missing_eos_score,
             clip=settings.reward.clip,
         )
-        rewards = token_rewards(scores, experience.kl, mask, kl_coef=self.kl.coef)
+        penalised = compensated(experience.kl, mask, share=settings.kl.length_compensation)
+        rewards = token_rewards(scores, penalised, mask, kl_coef=self.kl.coef)
         if settings.reward.whiten:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(

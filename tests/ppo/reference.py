@@ -48,6 +48,12 @@ def final_score(score, *, ended, missing_eos_score, clip):
     return min(max(score, -clip), clip) if clip > 0 else score
 
 
+def compensated(kl, *, share):
+    """Ours: each token's KL less a share of the mean over all tokens."""
+    tokens = flat(kl)
+    return each(lambda token: token - share * sum(tokens) / len(tokens), kl)
+
+
 def token_rewards(scores, kl, *, coef):
     """[Z] eq. 2: -beta KL_t at every token, and the score once more at the last."""
     rewards = each(lambda token: -coef * token, kl)

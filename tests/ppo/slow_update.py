@@ -95,7 +95,9 @@ class SlowPPO:
             )
             values = numbers([values_of(self.roles.value, *row) for row in rows])
         kl = reference.each(reference.k1, old, ref)
-        rewards = reference.token_rewards(self.scores(rows), kl, coef=self.coef)
+        share = settings.kl.length_compensation
+        penalised = reference.compensated(kl, share=share) if share else kl
+        rewards = reference.token_rewards(self.scores(rows), penalised, coef=self.coef)
         if settings.reward.whiten:
             rewards = reference.whiten(rewards, shift_mean=False)
         advantages = reference.advantages(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ppo.kl import AdaptiveController, FixedController, full_kl, k1, k3
+from pipeline.ppo.kl import AdaptiveController, FixedController, compensated, full_kl, k1, k3
 from tests.support import assert_close
 
 
@@ -24,6 +24,15 @@ def test_estimators_are_unbiased_for_the_exact_kl(seed):
         expected = (logprobs.exp() * estimator(logprobs, ref_logprobs)).sum(-1)
         assert_close(expected, exact)
     assert bool((k3(logprobs, ref_logprobs) >= 0).all())
+
+
+def test_compensation_gives_back_a_share_of_the_mean_kl_per_token():
+    kl = torch.tensor([[0.3, 0.5, 9.0], [0.4, 9.0, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    # mean over the three valid tokens: 0.4
+    assert_close(compensated(kl, mask, share=0.0), [[0.3, 0.5, 0.0], [0.4, 0.0, 0.0]])
+    assert_close(compensated(kl, mask, share=1.0), [[-0.1, 0.1, 0.0], [0.0, 0.0, 0.0]])
+    assert_close(compensated(kl, mask, share=0.5), [[0.1, 0.3, 0.0], [0.2, 0.0, 0.0]])
 
 
 def test_full_kl_by_hand():

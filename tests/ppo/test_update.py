@@ -17,7 +17,9 @@ RATES = Optimisation(
 CASES = {
     "plain": {"microbatch_size": 4},
     "every option": {
-        "kl": KL(coef=0.3, controller="adaptive", target=0.5, horizon=100.0),
+        "kl": KL(
+            coef=0.3, controller="adaptive", target=0.5, horizon=100.0, length_compensation=0.7
+        ),
         "reward": Reward(missing_eos_score=-0.5, clip=0.2, whiten=True, gamma=0.9, lam=0.8),
     },
     "one token": {"max_response_tokens": 1, "reward": Reward(missing_eos_score=None)},

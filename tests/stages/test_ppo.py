@@ -166,6 +166,7 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
         ("--kl.controller=pid", "kl.controller: must be fixed or adaptive, got 'pid'"),
         ("--kl.target=0", "kl.target: must be positive"),
         ("--kl.horizon=0", "kl.horizon: must be positive"),
+        ("--kl.length_compensation=2", "kl.length_compensation: must be between 0 and 1, got 2"),
         ("--reward.clip=-1", "reward.clip: must be at least 0"),
         ("--reward.lam=1.5", "reward.lam: must be between 0 and 1"),
         ("--optimisation.epochs=0", "optimisation.epochs: must be positive"),
