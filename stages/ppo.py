@@ -17,8 +17,10 @@ from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
+from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
 from pipeline.progress import progress
+from pipeline.storage import read_jsonl
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -184,21 +186,29 @@ def build_trainer(
 def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "Validation") -> None:
     """Runs the updates that are left, with validation and resume points on the way."""
     point = stage.latest_point()
+    steered = config.kl.controller == "adaptive"
+    diagnoser = Diagnoser(kl_target=config.kl.target if steered else None)
+
+    def look(update: int) -> None:
+        stage.log(update, diagnoser.read(validation.look(stage, update=update), update=update))
+
     done = 0
     if point is not None:
         done = point[0]
         trainer.load(point[1])
-        validation.recall(stage)
+        logged = read_jsonl(stage.path / "metrics.jsonl")
+        validation.recall(logged)
+        diagnoser.recall(logged)
     else:
-        validation.look(stage, update=0)
+        look(0)
     left = range(done, config.updates)
     for number in progress(left, total=config.updates, description="ppo", initial=done):
         outcome = trainer.update(number)
         update = number + 1
-        stage.log(update, outcome.metrics)
+        stage.log(update, diagnoser.read(outcome.metrics, update=update))
         stage.log_timings(update, outcome.timings)
         if update % config.validate_every == 0 or update == config.updates:
-            validation.look(stage, update=update)
+            look(update)
         if update % config.save_every == 0 or update == config.updates:
             stage.save_point(update, trainer.save)
 

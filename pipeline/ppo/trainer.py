@@ -184,7 +184,11 @@ class PPOTrainer:
                 first = epoch == 0 and not steps
                 steps.append(self._step(experience, advantages, returns, rows=rows, first=first))
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        return {**means, "optim/lr": rates.learning_rate * left}
+        return {
+            **means,
+            "policy/first_approx_kl": steps[0]["policy/approx_kl"],
+            "optim/lr": rates.learning_rate * left,
+        }
 
     def _step(
         self,

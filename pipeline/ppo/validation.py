@@ -1,8 +1,7 @@
 """The policy on validation prompts: always the same prompts and the same uniform numbers."""
 
-import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 8
 """Responses kept in samples.jsonl at every look."""
+FIGURES = ("validation/",)
+"""Groups of the metrics that a look consists of."""
 
 
 class Validation:
@@ -34,8 +35,8 @@ class Validation:
         self.trainer, self.prompts, self.tokenizer = trainer, list(prompts), tokenizer
         self.looks: dict[int, dict[str, float]] = {}
 
-    def look(self, stage: StageRun, *, update: int) -> None:
-        """Logs the figures of the policy after so many updates."""
+    def look(self, stage: StageRun, *, update: int) -> dict[str, float]:
+        """Returns the figures of the policy after so many updates; samples are logged."""
         trainer = self.trainer
         responses = trainer.sample(self.prompts, update=0, name="validation")
         experience = trainer.measure(self.prompts, responses)
@@ -49,7 +50,6 @@ class Validation:
             "validation/distinct_2": distinct_2(counts, size=counts.total()),
         }
         self.looks[update] = metrics
-        stage.log(update, metrics)
         rows = zip(self.prompts, texts, experience.scores.tolist(), strict=True)
         stage.log_samples(
             update,
@@ -58,10 +58,12 @@ class Validation:
                 for prompt, text, score in list(rows)[:SAMPLES]
             ],
         )
+        return metrics
 
-    def recall(self, stage: StageRun) -> None:
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes up the figures that an interrupted run has logged."""
-        lines = (stage.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        for row in map(json.loads, lines):
+        for row in rows:
             if "validation/score" in row:
-                self.looks[row.pop("step")] = row
+                self.looks[int(row["step"])] = {
+                    name: value for name, value in row.items() if name.startswith(FIGURES)
+                }

@@ -89,4 +89,5 @@ def _log_ppo(run) -> None:
     for step in range(30):
         kl = 0.15 * step
         metrics = {"objective/kl": kl, "objective/score": 1.2 * math.sqrt(kl), "kl/coef": 0.1}
-        run.log(step, metrics | {"policy/entropy": 4 - kl / 3, "policy/clip_frac": 0.1})
+        told = {"diagnosis/clip_frac_high": 1.0} if step == 20 else {}
+        run.log(step, metrics | {"policy/entropy": 4 - kl / 3, "policy/clip_frac": 0.1} | told)

@@ -126,6 +126,14 @@ def test_the_same_run_gives_the_same_page(content, tmp_path):
     assert render(content) == render(content)
 
 
+def test_what_the_diagnoser_said_has_its_update_cause_and_section(content, page):
+    assert [(one.update, one.rule.name) for one in content["diagnoses"]] == [(20, "clip_frac_high")]
+    assert content["diagnoses"][0].rule.cause in page.text
+    assert "docs/diagnosis.md#clip_frac_high" in page.text
+    silent = read(render(content | {"diagnoses": []}))
+    assert f"none of its {content['num_rules']} rules held" in silent.text
+
+
 def test_samples_are_even_and_also_the_worst(content):
     rows = [dataclasses.asdict(row) for row in records(40)]
     even, losses, far = choose_samples(rows)

@@ -171,3 +171,37 @@ def test_a_mistake_is_one_line_and_exit_code_two(run_folder, tmp_path, caplog, w
     assert re.search(message, line), line
     assert "\n" not in line
     assert not (run / "ppo").exists()
+
+
+def test_a_coefficient_that_cannot_rise_is_diagnosed_and_resume_tells_it_once(
+    run_folder, tmp_path, monkeypatch, caplog
+):
+    import shutil
+
+    run = tmp_path / "run"
+    for stage in ("data", "tokenizer", "sft", "reward"):
+        shutil.copytree(run_folder / stage, run / stage)
+    faulty = words(
+        run, "--updates=10", "--kl.coef=0", "--kl.target=0.05",
+        "--optimisation.learning_rate=3.0e-2", "--validate_every=10", "--save_every=3",
+    )  # fmt: skip
+    assert ppo.main(faulty) == 0
+    straight = open_artifact(run / "ppo", kind="causal-lm").content["files"]
+    rows = [json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]
+    told = [row["step"] for row in rows if "diagnosis/kl_over_target" in row]
+    assert [step < 9 for step in told] == [True]
+    assert f"update {told[0]}: the KL to the reference is over 2 times its target" in caplog.text
+
+    save_point = StageRun.save_point
+
+    def dying(self, step, write):
+        save_point(self, step, write)
+        if step == 9:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "save_point", dying)
+        with pytest.raises(Killed):
+            ppo.main([*faulty, "--force=true"])
+    assert ppo.main(faulty) == 0
+    assert open_artifact(run / "ppo", kind="causal-lm").content["files"] == straight
