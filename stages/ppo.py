@@ -3,7 +3,8 @@
 Reads   runs/<recipe>/{data,sft,reward}; of the data the prompts of the training and validation
         splits.
 Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, value/
-        (the critic), metrics, timings and samples of every validation.
+        (the critic), rollouts/ (some, token by token), metrics, timings and samples of every
+        validation.
 Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 """
 
@@ -18,6 +19,7 @@ from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.ppo.diagnosis import Diagnoser
+from pipeline.ppo.keep import keep_rollout
 from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
 from pipeline.progress import progress
 from pipeline.storage import read_jsonl
@@ -63,6 +65,8 @@ class Config(StageConfig):
     """Updates between two looks at the validation prompts."""
     validation_prompts: int = 256
     """Validation prompts, the same ones and the same uniform numbers at every look."""
+    keep_rollout_every: int = 0
+    """Looks at validation between two rollouts kept for the report, token by token; 0: none."""
     save_every: int = 10
     """Updates between two resume points."""
 
@@ -77,6 +81,10 @@ class Config(StageConfig):
             value = getattr(self, name)
             require(value > 0, f"{name}: must be positive, got {value}")
         require(
+            self.keep_rollout_every >= 0,
+            f"keep_rollout_every: must be at least 0, got {self.keep_rollout_every}",
+        )
+        require(
             self.prompts_per_update % self.minibatch_size == 0,
             f"minibatch_size: {self.minibatch_size} does not divide prompts_per_update "
             f"{self.prompts_per_update}",
@@ -89,6 +97,11 @@ class Config(StageConfig):
             self.precision in ("auto", "bf16", "fp32"),
             f"precision: must be auto, bf16 or fp32, got {self.precision!r}",
         )
+
+    def keeps(self, update: int) -> bool:
+        """Returns whether the rollout of an update (from 1) is kept."""
+        distance = self.keep_rollout_every * self.validate_every
+        return distance > 0 and update % distance == 0
 
     def settings(self, precision: str) -> Settings:
         """Returns what the trainer needs to know."""
@@ -209,6 +222,8 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
         stage.log_timings(update, outcome.timings)
         if update % config.validate_every == 0 or update == config.updates:
             look(update)
+        if config.keeps(update) and stage.is_main:
+            keep_rollout(stage.path, outcome, update=update, tokenizer=validation.tokenizer)
         if update % config.save_every == 0 or update == config.updates:
             stage.save_point(update, trainer.save)
 

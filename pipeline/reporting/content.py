@@ -9,6 +9,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.markdown import ABOUT, equal_kl_sentence, headline
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, figures, judged
 from pipeline.ppo.diagnosis import PREFIX, RULES, Rule
+from pipeline.ppo.keep import kept_rollouts
 from pipeline.reporting.charts import Chart
 from pipeline.reporting.curves import charts_of, curves
 from pipeline.reporting.figures import bin_name, frontier, reward_charts
@@ -82,6 +83,7 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
         "frontier": frontier(results, course=curves(logged)),
         "diagnoses": diagnoses(logged),
         "num_rules": len(RULES),
+        "rollouts": list(kept_rollouts(artifacts["ppo"].path)),
         "reward_sets": report.get("sets", {}),
         "reward_gap": report.get("min_gap"),
         "reward_charts": reward_charts(report),

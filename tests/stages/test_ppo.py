@@ -92,6 +92,8 @@ def test_the_folder_follows_the_contract(finished):
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {"prompt", "response", "score", "step"} == set(samples[0])
     assert not any("time/" in key for row in rows for key in row)
+    kept = {name for name in artifact.content["files"] if name.startswith("rollouts/")}
+    assert kept == {"rollouts/update-2.parquet", "rollouts/update-4.parquet"}
 
 
 class Killed(Exception):
@@ -144,6 +146,7 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
     [
         ("--minibatch_size=5", "minibatch_size: 5 does not divide prompts_per_update 16"),
         ("--updates=0", "updates: must be positive, got 0"),
+        ("--keep_rollout_every=-1", "keep_rollout_every: must be at least 0, got -1"),
         ("--max_response_tokens=60", "92 exceeds the model's context 64"),
         ("--max_prompt_tokens=1", "none of the .* train prompts has at most 1 tokens"),
         ("--precision=half", "precision: must be auto, bf16 or fp32, got 'half'"),
