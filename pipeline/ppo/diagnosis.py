@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.distributed import is_main
+from pipeline.ppo.guard import Look, over_optimised
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ CLIP_FRAC = 0.4
 """Share of clipped tokens: usual are 0.02 to 0.2."""
 GUARD_LOOKS = 2
 """Looks at validation in a row that must agree."""
-GUARD_DROP = 0.1
-"""Fall of the guard's normalised score that counts, in deviations of the SFT model's replies."""
 
 
 class Course:
@@ -47,16 +46,21 @@ class Course:
 
     Attributes:
         kl_target: KL per response in nats that a controller steers to; None when none does.
+        values: every metric's values.
+        looks: those that the guard judged.
     """
 
     def __init__(self, *, kl_target: float | None = None) -> None:
         self.kl_target = kl_target
         self.values: dict[str, list[float]] = defaultdict(list)
+        self.looks: list[Look] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Takes in one row of metrics."""
         for name, value in row.items():
             self.values[name].append(value)
+        if "guard/score" in row:
+            self.looks.append((row["guard/score"], row["validation/score"]))
 
     def start(self, name: str) -> float:
         """Returns a metric's mean over the first window."""
@@ -102,16 +106,6 @@ def _length_drifted(course: Course) -> bool:
 def _kl_lost(course: Course) -> bool:
     target = course.kl_target
     return target is not None and min(course.now("objective/kl")) > KL_FACTOR * target
-
-
-def _guard_fell(course: Course) -> bool:
-    """Returns whether the guard lies below its best while the score lies above its score there."""
-    guard, score = course.values["guard/score"], course.values["validation/score"]
-    best = max(range(len(guard) - GUARD_LOOKS), key=guard.__getitem__)
-    return (
-        max(guard[-GUARD_LOOKS:]) < guard[best] - GUARD_DROP
-        and min(score[-GUARD_LOOKS:]) > score[best]
-    )
 
 
 RULES = (
@@ -181,7 +175,7 @@ RULES = (
         cause="the policy exploits the reward model's mistakes: over-optimisation",
         metric="guard/score",
         wait=GUARD_LOOKS + 1,
-        shown_by=_guard_fell,
+        shown_by=lambda course: over_optimised(course.looks, patience=GUARD_LOOKS),
     ),
     Rule(
         name="kl_over_target",

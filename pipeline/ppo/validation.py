@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
+from pipeline.ppo.guard import Watch, keep_best
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.tokenizer import decode_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+BEST = "best"
+"""Folder of the policy that the guard scored highest, below the ppo folder."""
 SAMPLES = 8
 """Responses kept in samples.jsonl at every look."""
-FIGURES = ("validation/",)
+FIGURES = ("validation/", "guard/")
 """Groups of the metrics that a look consists of."""
 
 
@@ -31,12 +34,20 @@ class Validation:
         prompts: Sequence[list[int]],
         *,
         tokenizer: "PreTrainedTokenizerFast",
+        watch: Watch | None = None,
     ) -> None:
         self.trainer, self.prompts, self.tokenizer = trainer, list(prompts), tokenizer
+        self.watch = watch
         self.looks: dict[int, dict[str, float]] = {}
 
-    def look(self, stage: StageRun, *, update: int) -> dict[str, float]:
-        """Returns the figures of the policy after so many updates; samples are logged."""
+    def look(self, stage: StageRun, *, update: int, judged: bool = False) -> dict[str, float]:
+        """Returns the figures of the policy after so many updates; samples are logged.
+
+        Args:
+            stage: where samples go, and the policy that the guard likes best.
+            update: updates done.
+            judged: whether the guard judges this look.
+        """
         trainer = self.trainer
         responses = trainer.sample(self.prompts, update=0, name="validation")
         experience = trainer.measure(self.prompts, responses)
@@ -49,6 +60,16 @@ class Validation:
             "validation/eos_frac": float(experience.ended.float().mean()),
             "validation/distinct_2": distinct_2(counts, size=counts.total()),
         }
+        if self.watch is not None and judged:
+            metrics["guard/score"] = self.watch.judge(
+                self.prompts,
+                responses,
+                score=metrics["validation/score"],
+                update=update,
+                pad_id=trainer.pad_id,
+            )
+            if self.watch.best == update and stage.is_main:
+                keep_best(trainer, tokenizer=self.tokenizer, folder=stage.path / BEST)
         self.looks[update] = metrics
         rows = zip(self.prompts, texts, experience.scores.tolist(), strict=True)
         stage.log_samples(
@@ -67,3 +88,5 @@ class Validation:
                 self.looks[int(row["step"])] = {
                     name: value for name, value in row.items() if name.startswith(FIGURES)
                 }
+            if self.watch is not None and "guard/score" in row:
+                self.watch.looks[row["step"]] = (row["guard/score"], row["validation/score"])

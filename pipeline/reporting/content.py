@@ -12,7 +12,7 @@ from pipeline.ppo.diagnosis import PREFIX, RULES, Rule
 from pipeline.ppo.keep import kept_rollouts
 from pipeline.reporting.charts import Chart
 from pipeline.reporting.curves import charts_of, curves
-from pipeline.reporting.figures import bin_name, frontier, reward_charts
+from pipeline.reporting.figures import bin_name, frontier, guard_charts, reward_charts
 from pipeline.storage import read_json, read_jsonl
 
 EVEN_SAMPLES = 12
@@ -80,7 +80,7 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
         "results": results,
         "equal_kl": equal_kl_sentence(results["equal_kl"]),
         "num_prompts": len(records),
-        "frontier": frontier(results, course=curves(logged)),
+        "frontier": frontier(results, course=curves(logged)) + guard_charts(curves(logged)),
         "diagnoses": diagnoses(logged),
         "num_rules": len(RULES),
         "rollouts": list(kept_rollouts(artifacts["ppo"].path)),

@@ -146,6 +146,9 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
     [
         ("--minibatch_size=5", "minibatch_size: 5 does not divide prompts_per_update 16"),
         ("--updates=0", "updates: must be positive, got 0"),
+        ("--guard.every=-1", "guard.every: must be at least 0, got -1"),
+        ("--guard.patience=0", "guard.patience: must be at least 1, got 0"),
+        ("--guard.every=1", "reward_guard does not exist. Run: make reward_guard"),
         ("--keep_rollout_every=-1", "keep_rollout_every: must be at least 0, got -1"),
         ("--max_response_tokens=60", "92 exceeds the model's context 64"),
         ("--max_prompt_tokens=1", "none of the .* train prompts has at most 1 tokens"),
