@@ -11,10 +11,11 @@ MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
 PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless another is named
 
 STAGES := data tokenizer pretrain sft reward ppo evaluate report
+OPTIONAL := reward_guard
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) seeds chat install test check format gpu-check help always
-.PRECIOUS: $(STAGES:%=$(RUN)/%/manifest.json)
+.PHONY: all $(STAGES) $(OPTIONAL) seeds chat install test check format gpu-check help always
+.PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
 ifneq ($(words $(RUN)),1)
@@ -31,7 +32,8 @@ $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
 endif
 
 # Stages named on the command line: ARGS and FORCE reach these and no other.
-named := $(if $(filter all,$(or $(MAKECMDGOALS),all)),$(STAGES),$(filter $(STAGES),$(MAKECMDGOALS)))
+named := $(if $(filter all,$(or $(MAKECMDGOALS),all)),$(STAGES)) \
+	$(filter $(STAGES) $(OPTIONAL),$(MAKECMDGOALS))
 force := $(filter-out 0,$(FORCE))
 
 all: $(STAGES)                         ## the whole chain, from raw text to the report (the default)
@@ -40,6 +42,7 @@ tokenizer: $(RUN)/tokenizer/manifest.json ## train the tokenizer
 pretrain: $(RUN)/pretrain/manifest.json   ## train a language model from random weights
 sft: $(RUN)/sft/manifest.json             ## teach it to reply
 reward: $(RUN)/reward/manifest.json       ## train the reward model on human ratings
+reward_guard: $(RUN)/reward_guard/manifest.json ## a second reward model that watches ppo (not in 'all')
 ppo: $(RUN)/ppo/manifest.json             ## align the model with PPO
 evaluate: $(RUN)/evaluate/manifest.json   ## compare the aligned model with the one before
 report: $(RUN)/report/manifest.json       ## write report/index.html
@@ -49,6 +52,7 @@ parents_tokenizer := data
 parents_pretrain := data tokenizer
 parents_sft := data pretrain
 parents_reward := data sft
+parents_reward_guard := data sft
 parents_ppo := data sft reward
 parents_evaluate := data pretrain sft reward ppo
 parents_report := data tokenizer pretrain sft reward ppo evaluate
@@ -76,7 +80,7 @@ $(RUN)/$1/manifest.json: configs/$(RECIPE)/$1.yaml $(parents_$1:%=$(RUN)/%/manif
 		$(if $(force)$(strip $(ARGS)),$(if $(filter $1,$(named)),always)) | $(venv)
 	@$$(call launch,$1) $$(call settings,$1)
 endef
-$(foreach stage,$(STAGES),$(eval $(call rule,$(stage))))
+$(foreach stage,$(STAGES) $(OPTIONAL),$(eval $(call rule,$(stage))))
 
 always:
 
@@ -128,6 +132,6 @@ gpu-check: $(venv) ## run the tests that need a GPU
 
 help: ## this list
 	@echo "make [target] [VARIABLE=value]"; echo; echo "Targets:"
-	@awk -F ':.*## *' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## *' '/^[a-z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 	@echo; echo "Variables (with their defaults):"
 	@awk -F ' *## *' '/^[A-Z_]+ =.*##/ {printf "  %-30s %s\n", $$1, $$2}' Makefile

@@ -23,6 +23,23 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error})") from error
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a JSON Lines file; none when it does not exist.
+
+    Raises:
+        UserError: a line is not JSON; it is named.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
+    return rows
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -1,9 +1,10 @@
 """Aligns the SFT model with the reward model by PPO under a KL penalty.
 
-Reads   runs/<recipe>/{data,sft,reward}; of the data the prompts of the training and validation
-        splits.
+Reads   runs/<recipe>/{data,sft,reward}, with a guard also reward_guard; of the data the prompts of
+        the training and validation splits.
 Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, value/
-        (the critic), metrics, timings and samples of every validation.
+        (the critic), best/ (where a guard chose one), rollouts/ (some, token by token), metrics,
+        timings and samples of every validation.
 Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 """
 
@@ -17,8 +18,12 @@ from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
+from pipeline.ppo.diagnosis import Diagnoser
+from pipeline.ppo.guard import Guard, Watch
+from pipeline.ppo.keep import keep_rollout
 from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
 from pipeline.progress import progress
+from pipeline.storage import read_jsonl
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.ppo.validation import Validation
 
 PARENTS = {"data": "dataset", "sft": "causal-lm", "reward": "reward"}
+GUARD = {"reward_guard": "reward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,10 @@ class Config(StageConfig):
     """Updates between two looks at the validation prompts."""
     validation_prompts: int = 256
     """Validation prompts, the same ones and the same uniform numbers at every look."""
+    guard: Guard = field(default_factory=Guard)
+    """A second reward model that watches for over-optimisation."""
+    keep_rollout_every: int = 0
+    """Looks at validation between two rollouts kept for the report, token by token; 0: none."""
     save_every: int = 10
     """Updates between two resume points."""
 
@@ -75,6 +85,10 @@ class Config(StageConfig):
             value = getattr(self, name)
             require(value > 0, f"{name}: must be positive, got {value}")
         require(
+            self.keep_rollout_every >= 0,
+            f"keep_rollout_every: must be at least 0, got {self.keep_rollout_every}",
+        )
+        require(
             self.prompts_per_update % self.minibatch_size == 0,
             f"minibatch_size: {self.minibatch_size} does not divide prompts_per_update "
             f"{self.prompts_per_update}",
@@ -87,6 +101,16 @@ class Config(StageConfig):
             self.precision in ("auto", "bf16", "fp32"),
             f"precision: must be auto, bf16 or fp32, got {self.precision!r}",
         )
+
+    def judges(self, update: int) -> bool:
+        """Returns whether the guard judges the look after so many updates."""
+        distance = self.guard.every * self.validate_every
+        return distance > 0 and (update % distance == 0 or update == self.updates)
+
+    def keeps(self, update: int) -> bool:
+        """Returns whether the rollout of an update (from 1) is kept."""
+        distance = self.keep_rollout_every * self.validate_every
+        return distance > 0 and update % distance == 0
 
     def settings(self, precision: str) -> Settings:
         """Returns what the trainer needs to know."""
@@ -141,6 +165,21 @@ def load_roles(sft: Artifact, reward: Artifact, *, accelerator: "Accelerator") -
     )
 
 
+def load_watch(config: Config, parents: dict[str, Artifact], *, device: Any) -> Watch | None:
+    """Returns the guard at its watch, or None where none is configured."""
+    from pipeline.models import load_reward_model, load_tokenizer
+
+    if not config.guard.every:
+        return None
+    path, sft = parents["reward_guard"].path, parents["sft"].path
+    require(
+        load_tokenizer(sft).get_vocab() == load_tokenizer(path).get_vocab(),
+        f"{path} has another tokenizer than {sft}. Run: make reward_guard FORCE=1",
+    )
+    model = load_reward_model(path).to(device).requires_grad_(False)
+    return Watch(model, patience=config.guard.patience)
+
+
 def build_trainer(
     config: Config, parents: dict[str, Artifact], *, accelerator: "Accelerator"
 ) -> "tuple[PPOTrainer, Validation, dict[str, Any]]":
@@ -175,7 +214,10 @@ def build_trainer(
         pad_id=tokenizer.pad_token_id,
     )
     validation = Validation(
-        trainer, splits["validation"][0][: config.validation_prompts], tokenizer=tokenizer
+        trainer,
+        splits["validation"][0][: config.validation_prompts],
+        tokenizer=tokenizer,
+        watch=load_watch(config, parents, device=accelerator.device),
     )
     counts = {f"prompts_dropped_{split}": dropped for split, (_, dropped) in splits.items()}
     return trainer, validation, counts
@@ -184,21 +226,34 @@ def build_trainer(
 def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "Validation") -> None:
     """Runs the updates that are left, with validation and resume points on the way."""
     point = stage.latest_point()
+    steered = config.kl.controller == "adaptive"
+    diagnoser = Diagnoser(kl_target=config.kl.target if steered else None)
+
+    def look(update: int) -> None:
+        metrics = validation.look(stage, update=update, judged=config.judges(update))
+        stage.log(update, diagnoser.read(metrics, update=update))
+
     done = 0
     if point is not None:
         done = point[0]
         trainer.load(point[1])
-        validation.recall(stage)
+        logged = read_jsonl(stage.path / "metrics.jsonl")
+        validation.recall(logged)
+        diagnoser.recall(logged)
     else:
-        validation.look(stage, update=0)
+        look(0)
     left = range(done, config.updates)
     for number in progress(left, total=config.updates, description="ppo", initial=done):
+        if validation.watch is not None and validation.watch.ends:
+            break
         outcome = trainer.update(number)
         update = number + 1
-        stage.log(update, outcome.metrics)
+        stage.log(update, diagnoser.read(outcome.metrics, update=update))
         stage.log_timings(update, outcome.timings)
         if update % config.validate_every == 0 or update == config.updates:
-            validation.look(stage, update=update)
+            look(update)
+        if config.keeps(update) and stage.is_main:
+            keep_rollout(stage.path, outcome, update=update, tokenizer=validation.tokenizer)
         if update % config.save_every == 0 or update == config.updates:
             stage.save_point(update, trainer.save)
 
@@ -215,12 +270,12 @@ def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> No
         tokenizer.save_pretrained(stage.path / "value")
 
 
-def card(config: Config, first: dict[str, float], last: dict[str, float]) -> str:
+def card(config: Config, first: dict[str, float], last: dict[str, float], *, updates: int) -> str:
     """Returns the model card."""
     rows = "\n".join(f"| {name} | {first[name]:.3f} | {last[name]:.3f} |" for name in sorted(last))
     return f"""# PPO policy of {config.run_dir.name}
 
-The SFT model of this run, aligned with its reward model by {config.updates} PPO updates of
+The SFT model of this run, aligned with its reward model by {updates} PPO updates of
 {config.prompts_per_update} prompts under a KL penalty ({config.kl.controller} controller). The
 reward model learned what raters call positive: sentiment, not helpfulness.
 
@@ -240,19 +295,21 @@ def run(config: Config) -> None:
     """
     accelerator = setup(config)
     parents = {
-        name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
+        name: open_artifact(config.folder(name), kind=kind)
+        for name, kind in (PARENTS | (GUARD if config.guard.every else {})).items()
     }
     with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
         trainer, validation, counts = build_trainer(config, parents, accelerator=accelerator)
         train(config, stage, trainer, validation)
         write_models(stage, trainer, sft=parents["sft"])
-        first, last = validation.looks[0], validation.looks[config.updates]
+        done = max(validation.looks)
+        first, last = validation.looks[0], validation.looks[done]
         stage.finish(
             f"score {first['validation/score']:.2f} -> {last['validation/score']:.2f} "
-            f"at KL {last['validation/kl']:.2f} nats",
+            f"at KL {last['validation/kl']:.2f} nats, {done} of {config.updates} updates",
             chosen={"precision": trainer.settings.precision, "world_size": world_size()},
-            summary={**last, **counts},
-            card=card(config, first, last),
+            summary={**last, **counts, "updates": done},
+            card=card(config, first, last, updates=done),
         )
 
 

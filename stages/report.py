@@ -3,6 +3,7 @@
 Reads   every other folder of runs/<recipe>.
 Writes  runs/<recipe>/report/index.html: targets, reward and gold against KL, win rates, the
         reward-model report, samples side by side, curves of every stage, lineage; no network.
+        rollouts.html beside it shows the rollouts that ppo kept, token by token.
 Run     make report RECIPE=cpu
 """
 
@@ -42,11 +43,15 @@ def run(config: Config) -> None:
     }
     with begin(config, stage="report", kind="report", parents=parents) as stage:
         from pipeline.reporting.content import page_content
+        from pipeline.reporting.microscope import microscope
         from pipeline.reporting.page import render
 
         content = page_content(parents, title=config.title or config.run_dir.name)
         page = stage.path / "index.html"
         page.write_text(render(content), encoding="utf-8")
+        if content["rollouts"]:
+            rollouts = microscope(parents["ppo"].path, title=content["title"])
+            (stage.path / "rollouts.html").write_text(rollouts, encoding="utf-8")
         met, size = sum(row["met"] for row in content["targets"]), page.stat().st_size
         stage.finish(
             f"{met} of {len(content['targets'])} targets met, {size / 2**20:.1f} MiB",

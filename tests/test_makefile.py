@@ -33,7 +33,7 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(name, tmp_path)
     recipe = tmp_path / "configs" / "tiny"
     recipe.mkdir(parents=True)
-    for stage in STAGES:
+    for stage in [*STAGES, "reward_guard"]:
         (recipe / f"{stage}.yaml").touch()
     python = tmp_path / "python"
     python.write_text(FAKE_PYTHON)
@@ -152,6 +152,15 @@ def test_force_rebuilds_the_named_stage(checkout):
     assert calls(checkout)[0].endswith("--force=true")
     make(checkout, "reward", "FORCE=0")
     assert stages(checkout) == []
+
+
+def test_the_guard_is_made_when_asked_for_and_not_with_all(checkout):
+    make(checkout, "reward_guard", "ARGS=--seed=2")
+    assert stages(checkout) == ["data", "tokenizer", "pretrain", "sft", "reward_guard"]
+    assert calls(checkout)[-1].endswith("--seed=2")
+    assert not any("--seed" in call for call in calls(checkout)[:-1])
+    make(checkout)
+    assert stages(checkout) == ["reward", "ppo", "evaluate", "report"]
 
 
 def test_run_names_the_folder(checkout):

@@ -12,6 +12,7 @@ import pytest
 SOURCES = sorted([*Path("pipeline").rglob("*.py"), *Path("stages").glob("*.py")])
 TESTS = sorted(Path("tests").rglob("*.py"))
 STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report"]
+STAGES += ["reward_guard"]
 FORMULAS = ["advantages", "losses", "kl", "rewards"]
 HEAVY = {"torch", "transformers", "trl", "datasets", "sklearn", "matplotlib", "accelerate", "wandb"}
 
@@ -99,7 +100,7 @@ def commands_in(text: str) -> list[str]:
 
 def test_the_commands_of_the_documents_exist():
     makefile = Path("Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) | set(STAGES)
+    targets = set(re.findall(r"^([a-z_-]+):", makefile, re.MULTILINE)) | set(STAGES)
     variables = set(re.findall(r"^([A-Z_]+) =", makefile, re.MULTILINE))
     documents = [Path("README.md"), Path("CONTRIBUTING.md"), *Path("docs").glob("*.md")]
     lines = [line for path in documents for line in commands_in(path.read_text())]

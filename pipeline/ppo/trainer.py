@@ -38,11 +38,16 @@ ADAM_EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one update reports: metrics (reproducible), timings (clocks), and its rollout."""
+    """What one update reports: metrics (reproducible), timings (clocks), and its rollout.
+
+    Rewards and advantages are those that the losses were made of, 0 outside the mask.
+    """
 
     metrics: dict[str, float]
     timings: dict[str, float]
     experience: Experience
+    rewards: Float[Tensor, "batch time"]
+    advantages: Float[Tensor, "batch time"]
 
 
 class PPOTrainer:
@@ -99,8 +104,9 @@ class PPOTrainer:
         advantages, returns = gae(
             rewards, experience.values, mask, gamma=settings.reward.gamma, lam=settings.reward.lam
         )
+        advantages = whiten(advantages, mask)
         with _clock(timings, "optimise"):
-            losses = self.optimise(number, experience, whiten(advantages, mask), returns)
+            losses = self.optimise(number, experience, advantages, returns)
 
         metrics = {
             **objective(experience, scores, kl_coef=self.kl.coef, clip=settings.reward.clip),
@@ -109,7 +115,7 @@ class PPOTrainer:
         }
         self.kl.update(metrics["objective/kl"], num_episodes=len(prompts))
         _add_throughput(timings, num_tokens=int(mask.sum()))
-        return Outcome(metrics, timings, experience)
+        return Outcome(metrics, timings, experience, rewards, advantages)
 
     def prompt_rows(self, number: int) -> list[int]:
         """Returns the prompts of an update: each once per epoch, in a new order every epoch."""
@@ -185,7 +191,11 @@ class PPOTrainer:
                 first = epoch == 0 and not steps
                 steps.append(self._step(experience, advantages, returns, rows=rows, first=first))
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        return {**means, "optim/lr": rates.learning_rate * left}
+        return {
+            **means,
+            "policy/first_approx_kl": steps[0]["policy/approx_kl"],
+            "optim/lr": rates.learning_rate * left,
+        }
 
     def _step(
         self,

@@ -1,20 +1,24 @@
 """The policy on validation prompts: always the same prompts and the same uniform numbers."""
 
-import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
+from pipeline.ppo.guard import Watch, keep_best
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.tokenizer import decode_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+BEST = "best"
+"""Folder of the policy that the guard scored highest, below the ppo folder."""
 SAMPLES = 8
 """Responses kept in samples.jsonl at every look."""
+FIGURES = ("validation/", "guard/")
+"""Groups of the metrics that a look consists of."""
 
 
 class Validation:
@@ -30,12 +34,20 @@ class Validation:
         prompts: Sequence[list[int]],
         *,
         tokenizer: "PreTrainedTokenizerFast",
+        watch: Watch | None = None,
     ) -> None:
         self.trainer, self.prompts, self.tokenizer = trainer, list(prompts), tokenizer
+        self.watch = watch
         self.looks: dict[int, dict[str, float]] = {}
 
-    def look(self, stage: StageRun, *, update: int) -> None:
-        """Logs the figures of the policy after so many updates."""
+    def look(self, stage: StageRun, *, update: int, judged: bool = False) -> dict[str, float]:
+        """Returns the figures of the policy after so many updates; samples are logged.
+
+        Args:
+            stage: where samples go, and the policy that the guard likes best.
+            update: updates done.
+            judged: whether the guard judges this look.
+        """
         trainer = self.trainer
         responses = trainer.sample(self.prompts, update=0, name="validation")
         experience = trainer.measure(self.prompts, responses)
@@ -48,8 +60,17 @@ class Validation:
             "validation/eos_frac": float(experience.ended.float().mean()),
             "validation/distinct_2": distinct_2(counts, size=counts.total()),
         }
+        if self.watch is not None and judged:
+            metrics["guard/score"] = self.watch.judge(
+                self.prompts,
+                responses,
+                score=metrics["validation/score"],
+                update=update,
+                pad_id=trainer.pad_id,
+            )
+            if self.watch.best == update and stage.is_main:
+                keep_best(trainer, tokenizer=self.tokenizer, folder=stage.path / BEST)
         self.looks[update] = metrics
-        stage.log(update, metrics)
         rows = zip(self.prompts, texts, experience.scores.tolist(), strict=True)
         stage.log_samples(
             update,
@@ -58,10 +79,14 @@ class Validation:
                 for prompt, text, score in list(rows)[:SAMPLES]
             ],
         )
+        return metrics
 
-    def recall(self, stage: StageRun) -> None:
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes up the figures that an interrupted run has logged."""
-        lines = (stage.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        for row in map(json.loads, lines):
+        for row in rows:
             if "validation/score" in row:
-                self.looks[row.pop("step")] = row
+                self.looks[int(row["step"])] = {
+                    name: value for name, value in row.items() if name.startswith(FIGURES)
+                }
+            if self.watch is not None and "guard/score" in row:
+                self.watch.looks[row["step"]] = (row["guard/score"], row["validation/score"])

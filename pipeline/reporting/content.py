@@ -8,10 +8,12 @@ from pipeline.checkpoint import Artifact
 from pipeline.errors import UserError
 from pipeline.evaluation.markdown import ABOUT, equal_kl_sentence, headline
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, figures, judged
+from pipeline.ppo.diagnosis import PREFIX, RULES, Rule
+from pipeline.ppo.keep import kept_rollouts
 from pipeline.reporting.charts import Chart
-from pipeline.reporting.curves import charts_of, curves, read_rows
-from pipeline.reporting.figures import bin_name, frontier, reward_charts
-from pipeline.storage import read_json
+from pipeline.reporting.curves import charts_of, curves
+from pipeline.reporting.figures import bin_name, frontier, guard_charts, reward_charts
+from pipeline.storage import read_json, read_jsonl
 
 EVEN_SAMPLES = 12
 """Prompts shown at even distances, good or bad."""
@@ -44,6 +46,14 @@ class Samples:
     rows: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """A rule that PPO's diagnoser saw hold, and when it was first seen."""
+
+    update: int
+    rule: Rule
+
+
 def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, Any]:
     """Returns the values of the page's template.
 
@@ -53,14 +63,14 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
     """
     evaluation = artifacts["evaluate"].path
     results = read_json(evaluation / "results.json")
-    records = [row for row in read_rows(evaluation / "samples.jsonl") if "ppo" in row]
+    records = [row for row in read_jsonl(evaluation / "samples.jsonl") if "ppo" in row]
     if not records:
         raise UserError(f"{evaluation}/samples.jsonl holds no samples. Run: make evaluate FORCE=1")
     stages = [stage_view(artifact) for artifact in artifacts.values()]
     minutes = sum(stage.minutes for stage in stages)
     flat = figures(results)
     spent = {"minutes": minutes, "peak_memory_gib": max(stage.memory for stage in stages)}
-    course = curves(read_rows(artifacts["ppo"].path / "metrics.jsonl"))
+    logged = read_jsonl(artifacts["ppo"].path / "metrics.jsonl")
     report = results.get("reward_model") or {}
     return {
         "title": title,
@@ -70,7 +80,10 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
         "results": results,
         "equal_kl": equal_kl_sentence(results["equal_kl"]),
         "num_prompts": len(records),
-        "frontier": frontier(results, course=course),
+        "frontier": frontier(results, course=curves(logged)) + guard_charts(curves(logged)),
+        "diagnoses": diagnoses(logged),
+        "num_rules": len(RULES),
+        "rollouts": list(kept_rollouts(artifacts["ppo"].path)),
         "reward_sets": report.get("sets", {}),
         "reward_gap": report.get("min_gap"),
         "reward_charts": reward_charts(report),
@@ -95,8 +108,18 @@ def stage_view(artifact: Artifact) -> StageView:
         memory=about["peak_memory_gib"],
         circumstances=about,
         summary=flatten(artifact.summary),
-        charts=charts_of(read_rows(artifact.path / "metrics.jsonl")),
+        charts=charts_of(read_jsonl(artifact.path / "metrics.jsonl")),
     )
+
+
+def diagnoses(rows: Sequence[Mapping[str, Any]]) -> list[Diagnosis]:
+    """Returns what PPO's diagnoser told, in the order it was told."""
+    return [
+        Diagnosis(update=row["step"], rule=rule)
+        for row in rows
+        for rule in RULES
+        if f"{PREFIX}{rule.name}" in row
+    ]
 
 
 def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:

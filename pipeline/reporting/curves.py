@@ -1,35 +1,15 @@
 """The curves of a stage from its metrics.jsonl."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
 from pipeline.reporting.charts import Chart, Series, chart
 
 OVERLAID = ("train", "validation")
 """Groups whose figures of one name share a chart."""
 Curve = list[tuple[float, float]]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a JSON Lines file; none when it does not exist.
-
-    Raises:
-        UserError: a line is not JSON; it is named.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    return rows
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:

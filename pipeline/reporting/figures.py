@@ -1,5 +1,6 @@
 """The charts of an evaluation: reward and gold against KL, and the reward model's report."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,30 @@ def frontier(results: Mapping[str, Any], *, course: Mapping[str, Curve]) -> list
             series=training + _points(results, "reward"),
             x_label=KL_LABEL,
         ),
+    ]
+
+
+def guard_charts(course: Mapping[str, Curve]) -> list[Chart]:
+    """Returns guard and reward model along training against the square root of the KL, if any.
+
+    In sqrt(KL) over-optimisation is a parabola that turns down (Gao et al. 2023, section 3).
+    """
+    guard, score, kl = (
+        dict(course.get(name, [])) for name in ("guard/score", "validation/score", "validation/kl")
+    )
+    steps = sorted(guard.keys() & score.keys() & kl.keys())
+    if not steps:
+        return []
+    x = [math.sqrt(max(kl[step], 0.0)) for step in steps]
+    return [
+        chart(
+            "Guard and reward model along training",
+            series=[
+                Series(label=label, x=x, y=[curve[step] for step in steps], marks="both")
+                for label, curve in (("guard", guard), ("reward model", score))
+            ],
+            x_label="square root of the KL to SFT, nats",
+        )
     ]
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-TEMPLATE = "page.html"
 SMALL = 0.001
 """Smaller figures are written with an exponent."""
 DIGITS = ((10, 3), (100, 2), (1000, 1), (math.inf, 0))
 """Decimals of a figure below each limit: about four letters in all."""
 
 
-def render(content: Mapping[str, Any]) -> str:
+def render(content: Mapping[str, Any], *, template: str = "page.html") -> str:
     """Returns the HTML page; whatever a model or a user wrote in it is shown, never obeyed."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -26,7 +25,7 @@ def render(content: Mapping[str, Any]) -> str:
     environment.filters["figure"] = figure
     environment.filters["interval"] = interval
     environment.filters["words"] = words
-    return environment.get_template(TEMPLATE).render(content)
+    return environment.get_template(template).render(content)
 
 
 def figure(value: Any) -> str:

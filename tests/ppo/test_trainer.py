@@ -12,7 +12,7 @@ from tests.ppo.worlds import PROMPTS, trainer, weights
 LOGGED = {
     "objective/kl", "objective/kl_k3", "objective/score", "objective/reward", "objective/entropy",
     "policy/approx_kl", "policy/clip_frac", "policy/ratio_mean", "policy/ratio_var",
-    "policy/grad_norm", "policy/loss", "value/loss", "value/clip_frac",
+    "policy/first_approx_kl", "policy/grad_norm", "policy/loss", "value/loss", "value/clip_frac",
     "value/explained_variance", "value/grad_norm", "response/length_tokens", "response/eos_frac",
     "reward/clip_frac", "kl/coef", "optim/lr",
 }  # fmt: skip

@@ -7,13 +7,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipeline.ppo.experience import Roles
+from pipeline.ppo.experience import Experience, Roles, length_mask
 from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
-from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import Outcome, PPOTrainer
 from tests.support import tiny_llama, tiny_reward_model
 
 EOS, PAD, TARGET = 1, 0, 5
 PROMPTS = [[2 + row % 9, *range(3, 3 + row % 4)] for row in range(20)]
+
+
+class Speller:
+    """A tokenizer that writes one text for every token."""
+
+    def __init__(self, text: str = " word") -> None:
+        self.text = text
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.text * len(tokens)
 
 
 class TokenCounter(torch.nn.Module):
@@ -83,6 +93,26 @@ def trainer(*, double: bool = False, reward_model: Any = None, **changes: Any) -
         eos_id=EOS,
         pad_id=PAD,
     )
+
+
+def invented_outcome(num_rows: int) -> Outcome:
+    """An outcome that nothing was trained for: row r holds r % 3 + 1 tokens and scores r."""
+    responses = [[TARGET] * (row % 3) + [EOS] for row in range(num_rows)]
+    mask = length_mask(responses)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(mask.shape, generator=generator) * mask for _ in range(5)]
+    experience = Experience(
+        prompts=[[2, 3, 4] for _ in responses],
+        responses=responses,
+        mask=mask,
+        logprobs=drawn[0],
+        ref_logprobs=drawn[1],
+        values=drawn[2],
+        entropy=drawn[0].abs(),
+        scores=torch.arange(num_rows).float(),
+        ended=torch.arange(num_rows) % 2 == 0,
+    )
+    return Outcome({}, {}, experience, rewards=drawn[3], advantages=drawn[4])
 
 
 def weights(trainer: PPOTrainer) -> torch.Tensor:

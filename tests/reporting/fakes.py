@@ -12,9 +12,11 @@ from pipeline.config import StageConfig
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.records import Record
 from pipeline.evaluation.targets import figures
+from pipeline.ppo.keep import keep_rollout
 from pipeline.reward.report import RatedSet, reward_report
 from pipeline.storage import write_json
 from tests.evaluation.fakes import records
+from tests.ppo.worlds import Speller, invented_outcome
 
 CHAIN = {
     "data": ("dataset", ()),
@@ -29,7 +31,12 @@ CHAIN = {
 
 
 def fake_run(
-    folder: Path, *, rows: list[Record] | None = None, texts: int = 60, report: bool = False
+    folder: Path,
+    *,
+    rows: list[Record] | None = None,
+    texts: int = 60,
+    report: bool = False,
+    rollouts: bool = True,
 ) -> Path:
     """Writes every stage up to `evaluate`, or `report`, and returns the run folder."""
     config = StageConfig(run=str(folder), tracking="none", recipe="smoke")
@@ -43,7 +50,7 @@ def fake_run(
             if stage in ("pretrain", "sft", "reward"):
                 _log_training(run)
             if stage == "ppo":
-                _log_ppo(run)
+                _log_ppo(run, rollouts=rollouts)
             if stage == "evaluate":
                 summary = _evaluate(run, rows or records(40), texts=texts)
             run.finish("invented", chosen={}, summary=summary, card="# Invented")
@@ -85,8 +92,11 @@ def _log_training(run) -> None:
             run.log(step, {"validation/loss": 3.1 + 3 * math.exp(-step / 90)})
 
 
-def _log_ppo(run) -> None:
+def _log_ppo(run, *, rollouts: bool) -> None:
+    if rollouts:
+        keep_rollout(run.path, invented_outcome(20), update=10, tokenizer=Speller())
     for step in range(30):
         kl = 0.15 * step
         metrics = {"objective/kl": kl, "objective/score": 1.2 * math.sqrt(kl), "kl/coef": 0.1}
-        run.log(step, metrics | {"policy/entropy": 4 - kl / 3, "policy/clip_frac": 0.1})
+        told = {"diagnosis/clip_frac_high": 1.0} if step == 20 else {}
+        run.log(step, metrics | {"policy/entropy": 4 - kl / 3, "policy/clip_frac": 0.1} | told)

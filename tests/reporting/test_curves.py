@@ -4,9 +4,8 @@ import base64
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.reporting.charts import Series, bin_chart, chart
-from pipeline.reporting.curves import charts_of, curves, read_rows
+from pipeline.reporting.curves import charts_of, curves
 from pipeline.reporting.figures import bin_name, frontier, reward_charts
 from tests.evaluation.fakes import records
 from tests.reporting.fakes import results_of
@@ -14,17 +13,6 @@ from tests.reporting.fakes import results_of
 
 def drawing(one):
     return base64.b64decode(one.source.partition(",")[2]).decode()
-
-
-def test_rows_of_a_missing_file_are_none(tmp_path):
-    assert read_rows(tmp_path / "metrics.jsonl") == []
-
-
-def test_a_damaged_line_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
-        read_rows(path)
 
 
 def test_curves_leave_out_what_is_no_finite_number():

@@ -27,7 +27,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.addresses += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -80,7 +80,8 @@ def page(content):
 def test_the_page_needs_nothing_else(page):
     assert {"script", "link", "iframe", "object"} & page.tags == set()
     assert all(
-        address.startswith(("#", "data:image/svg+xml;base64,")) for address in page.addresses
+        address.startswith(("#", "data:image/svg+xml;base64,")) or address == "rollouts.html"
+        for address in page.addresses
     )
     assert not page.open
 
@@ -119,11 +120,22 @@ def test_what_a_model_wrote_is_shown_and_never_obeyed(tmp_path):
     assert "<script" not in html
     assert "onerror=alert" not in re.sub(r"&lt;img src=x onerror=alert\(1\)&gt;", "", html)
     assert ATTACK in reader.text
-    assert all(address.startswith(("#", "data:")) for address in reader.addresses)
+    assert all(
+        address.startswith(("#", "data:")) or address == "rollouts.html"
+        for address in reader.addresses
+    )
 
 
 def test_the_same_run_gives_the_same_page(content, tmp_path):
     assert render(content) == render(content)
+
+
+def test_what_the_diagnoser_said_has_its_update_cause_and_section(content, page):
+    assert [(one.update, one.rule.name) for one in content["diagnoses"]] == [(20, "clip_frac_high")]
+    assert content["diagnoses"][0].rule.cause in page.text
+    assert "docs/diagnosis.md#clip_frac_high" in page.text
+    silent = read(render(content | {"diagnoses": []}))
+    assert f"none of its {content['num_rules']} rules held" in silent.text
 
 
 def test_samples_are_even_and_also_the_worst(content):

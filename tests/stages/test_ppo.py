@@ -92,6 +92,8 @@ def test_the_folder_follows_the_contract(finished):
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {"prompt", "response", "score", "step"} == set(samples[0])
     assert not any("time/" in key for row in rows for key in row)
+    kept = {name for name in artifact.content["files"] if name.startswith("rollouts/")}
+    assert kept == {"rollouts/update-2.parquet", "rollouts/update-4.parquet"}
 
 
 class Killed(Exception):
@@ -159,6 +161,10 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
     [
         ("--minibatch_size=5", "minibatch_size: 5 does not divide prompts_per_update 16"),
         ("--updates=0", "updates: must be positive, got 0"),
+        ("--guard.every=-1", "guard.every: must be at least 0, got -1"),
+        ("--guard.patience=0", "guard.patience: must be at least 1, got 0"),
+        ("--guard.every=1", "reward_guard does not exist. Run: make reward_guard"),
+        ("--keep_rollout_every=-1", "keep_rollout_every: must be at least 0, got -1"),
         ("--max_response_tokens=60", "92 exceeds the model's context 64"),
         ("--max_prompt_tokens=1", "none of the .* train prompts has at most 1 tokens"),
         ("--precision=half", "precision: must be auto, bf16 or fp32, got 'half'"),
@@ -187,3 +193,37 @@ def test_a_mistake_is_one_line_and_exit_code_two(run_folder, tmp_path, caplog, w
     assert re.search(message, line), line
     assert "\n" not in line
     assert not (run / "ppo").exists()
+
+
+def test_a_coefficient_that_cannot_rise_is_diagnosed_and_resume_tells_it_once(
+    run_folder, tmp_path, monkeypatch, caplog
+):
+    import shutil
+
+    run = tmp_path / "run"
+    for stage in ("data", "tokenizer", "sft", "reward"):
+        shutil.copytree(run_folder / stage, run / stage)
+    faulty = words(
+        run, "--updates=10", "--kl.coef=0", "--kl.target=0.05",
+        "--optimisation.learning_rate=3.0e-2", "--validate_every=10", "--save_every=3",
+    )  # fmt: skip
+    assert ppo.main(faulty) == 0
+    straight = open_artifact(run / "ppo", kind="causal-lm").content["files"]
+    rows = [json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]
+    told = [row["step"] for row in rows if "diagnosis/kl_over_target" in row]
+    assert [step < 9 for step in told] == [True]
+    assert f"update {told[0]}: the KL to the reference is over 2 times its target" in caplog.text
+
+    save_point = StageRun.save_point
+
+    def dying(self, step, write):
+        save_point(self, step, write)
+        if step == 9:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "save_point", dying)
+        with pytest.raises(Killed):
+            ppo.main([*faulty, "--force=true"])
+    assert ppo.main(faulty) == 0
+    assert open_artifact(run / "ppo", kind="causal-lm").content["files"] == straight

@@ -22,11 +22,19 @@ def test_the_page_is_the_artifact(finished, caplog):
     with caplog.at_level("INFO"):
         assert report(finished) == 0
     artifact = open_artifact(finished / "report", kind="report")
-    assert "index.html" in artifact.content["files"]
+    assert {"index.html", "rollouts.html"} <= set(artifact.content["files"])
     assert set(artifact.content["parents"]) >= {"data", "ppo", "evaluate"}
     page = (finished / "report" / "index.html").read_text()
     assert "<h1>invented: SFT against PPO</h1>" in page
+    assert 'href="rollouts.html"' in page
     assert "targets met" in caplog.text
+
+
+def test_a_run_that_kept_no_rollout_has_no_page_of_them(tmp_path):
+    run = fake_run(tmp_path / "run", rollouts=False)
+    assert report(run) == 0
+    assert not (run / "report" / "rollouts.html").exists()
+    assert "rollouts.html" not in (run / "report" / "index.html").read_text()
 
 
 def test_a_title_of_ones_own_is_escaped(finished, tmp_path):

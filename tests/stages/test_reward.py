@@ -16,6 +16,7 @@ from pipeline import checkpoint
 from pipeline.config import load
 from pipeline.data.formats import write_rows
 from pipeline.errors import UserError
+from pipeline.reward.settings import Normalisation
 from stages import reward
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
@@ -110,6 +111,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch):
 
 def test_pairs_train_too(run_dir):
     from pipeline.models import load_tokenizer
+    from pipeline.reward import making
 
     rows = [
         {"prompt": "hi", "chosen": f"nice to see you {number}", "rejected": f"go away {number}"}
@@ -119,11 +121,11 @@ def test_pairs_train_too(run_dir):
         write_rows(run_dir / "data", "preferences", split=split, rows=rows)
     config = config_of(run_dir, max_length=40)
     data, tokenizer = run_dir / "data", load_tokenizer(run_dir / "sft")
-    encoded = reward.read_split(config, "train", data=data, tokenizer=tokenizer)
-    features = reward.training_rows(config, encoded)
+    encoded = making.read_split(config, "train", data=data, tokenizer=tokenizer)
+    features = making.training_rows(config, encoded)
     assert [len(row["better"]) for row in features] == [1, 1, 1, 1]
-    model = reward.build_model(config, run_dir / "sft", pad_id=tokenizer.pad_token_id)
-    metrics = reward.validation_metrics(
+    model = making.build_model(config, run_dir / "sft", pad_id=tokenizer.pad_token_id)
+    metrics = making.validation_metrics(
         model, encoded, pad_id=tokenizer.pad_token_id, min_gap=config.report_gap
     )
     assert 0 <= metrics["validation/accuracy_pairs"] <= 1
@@ -163,4 +165,4 @@ def test_settings_out_of_range_are_refused(changes, message):
 
 def test_normalisation_needs_samples():
     with pytest.raises(UserError, match=r"normalisation\.num_samples: must be at least 2, got 1"):
-        reward.Normalisation(num_samples=1)
+        Normalisation(num_samples=1)

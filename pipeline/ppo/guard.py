@@ -1,0 +1,103 @@
+"""The guard: a second reward model that watches PPO for over-optimisation and never trains it.
+
+It learned from other texts than the reward model, so what only the reward model likes is a mistake
+of that one (Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization"). Never the gold
+score, which belongs to `evaluate`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pipeline.ppo.trainer import PPOTrainer
+
+DROP = 0.1
+"""Fall of the guard's normalised score that counts, in deviations of the SFT model's replies."""
+
+Look = tuple[float, float]
+"""The guard's score and the reward model's at one look at validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What the guard does; it needs the folder reward_guard."""
+
+    every: int = 0
+    """Looks at validation between two that the guard judges; 0: no guard."""
+    patience: int = 2
+    """Judged looks in a row that show over-optimisation before PPO ends early."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"guard.every: must be at least 0, got {self.every}")
+        require(self.patience >= 1, f"guard.patience: must be at least 1, got {self.patience}")
+
+
+def over_optimised(looks: Sequence[Look], *, patience: int) -> bool:
+    """Returns whether the guard fell while the score rose, in the last `patience` looks.
+
+    Each of them lies at least DROP below the guard's best before them, and above the reward model's
+    score at that best.
+    """
+    earlier, last = looks[:-patience], looks[-patience:]
+    if not earlier:
+        return False
+    best_guard, score = max(earlier, key=lambda look: look[0])
+    return all(look[0] < best_guard - DROP and look[1] > score for look in last)
+
+
+class Watch:
+    """Scores the validation replies with the guard and keeps the policy it likes best.
+
+    Attributes:
+        looks: judged looks, by the number of updates done.
+    """
+
+    def __init__(self, model: Any, *, patience: int) -> None:
+        self.model, self.patience = model, patience
+        self.looks: dict[int, Look] = {}
+
+    @property
+    def best(self) -> int:
+        """The number of updates after which the guard's score was highest, the first of equals."""
+        return max(self.looks, key=lambda update: self.looks[update][0])
+
+    @property
+    def ends(self) -> bool:
+        """Whether training should end here."""
+        return over_optimised(list(self.looks.values()), patience=self.patience)
+
+    def judge(
+        self,
+        prompts: Sequence[list[int]],
+        responses: Sequence[list[int]],
+        *,
+        score: float,
+        update: int,
+        pad_id: int,
+    ) -> float:
+        """Returns the guard's mean normalised score of the replies, and remembers the look.
+
+        Args:
+            prompts: token ids.
+            responses: token ids.
+            score: the reward model's mean score of the same replies.
+            update: updates done.
+            pad_id: token of the padding.
+        """
+        from pipeline.models import score_responses
+
+        found = float(score_responses(self.model, prompts, responses, pad_id=pad_id).mean())
+        self.looks[update] = (found, score)
+        return found
+
+
+def keep_best(trainer: "PPOTrainer", *, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Writes the policy as it is now, with its tokenizer."""
+    trainer.roles.policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

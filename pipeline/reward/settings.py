@@ -1,0 +1,77 @@
+"""What a stage that trains a reward model can be told."""
+
+from dataclasses import dataclass, field
+
+from pipeline.config import StageConfig, require
+from pipeline.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """Constants that bring the scores of the SFT model's own replies to mean 0 and deviation 1."""
+
+    num_samples: int = 512
+    """Replies of the SFT model, each to another training prompt (fewer prompts repeat)."""
+    response_tokens: int = 32
+    """Longest reply in tokens; the same as in ppo."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "response_tokens"):
+            value = getattr(self, name)
+            require(value >= 2, f"normalisation.{name}: must be at least 2, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(StageConfig):
+    """Settings of a stage that trains a reward model.
+
+    A training row is a ranking, and a pair is a ranking of two.
+    """
+
+    row_type: str = "preferences"
+    """Rows that are trained on: preferences or guard_preferences."""
+    max_length: int = 128
+    """Longest prompt and response together in tokens; longer texts are left out and counted."""
+    min_gap: float = 0.25
+    """Two texts of a ranking are compared when their mean ratings differ by at least this much."""
+    labels: str = "hard"
+    """hard: the better text wins; raters: with the probability that one rater prefers it."""
+    dropout: float = 0.0
+    """Dropout in front of every layer, in training only."""
+    token_dropout: float = 0.0
+    """Share of the response tokens that are left out at random, others in every pass."""
+    lowercase_frac: float = 0.0
+    """Share of the responses that are read in lower case, others in every pass."""
+    texts_per_forward: int = 16
+    """Texts of one forward pass; a ranking is cut in the order of length, so that little pads."""
+    report_gap: float = 0.5
+    """Least difference of mean ratings of the pairs that held-out accuracy counts."""
+    normalisation: Normalisation = field(default_factory=Normalisation)
+    """Constants written into the model's configuration."""
+    training: Training = field(default_factory=Training)
+    """How the weights are moved; its rows are rankings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        row_types = ("preferences", "guard_preferences")
+        require(
+            self.row_type in row_types,
+            f"row_type: must be {' or '.join(row_types)}, got {self.row_type!r}",
+        )
+        require(
+            self.labels in ("hard", "raters"),
+            f"labels: must be hard or raters, got {self.labels!r}",
+        )
+        for name in ("max_length", "texts_per_forward"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}: must be at least 1, got {value}")
+        for name in ("dropout", "token_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
+        require(
+            0 <= self.lowercase_frac <= 1,
+            f"lowercase_frac: must be in [0, 1], got {self.lowercase_frac}",
+        )
+        for name in ("min_gap", "report_gap"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}: must be at least 0, got {value}")

@@ -1,0 +1,169 @@
+"""The guard: when PPO ends early, and a real run that it watches, stops and resumes."""
+
+import shutil
+
+import pytest
+import torch
+
+from pipeline.checkpoint import StageRun, begin, open_artifact
+from pipeline.config import StageConfig
+from pipeline.errors import UserError
+from pipeline.ppo import validation
+from pipeline.ppo.guard import Watch, over_optimised
+from pipeline.reporting.curves import curves
+from pipeline.reporting.figures import guard_charts
+from pipeline.storage import read_jsonl
+from stages import data, ppo, tokenizer
+from tests.stages.test_ppo import Killed, make_models, words
+
+RISING = [(0.0, 0.0), (1.0, 1.0), (1.2, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("looks", "ends"),
+    [
+        ([], False),
+        (RISING[:1], False),
+        ([*RISING, (0.9, 3.0)], False),
+        ([*RISING, (0.9, 3.0), (0.8, 3.5)], True),
+        ([*RISING, (0.9, 3.0), (1.15, 3.5)], False),
+        ([*RISING, (0.9, 3.0), (0.8, 1.9)], False),
+        ([*RISING, (0.9, 3.0), (1.3, 3.5)], False),
+        ([(1.0, 0.0), (0.8, -1.0), (0.6, -2.0)], False),
+    ],
+)
+def test_training_ends_when_the_guard_fell_while_the_score_rose(looks, ends):
+    assert over_optimised(looks, patience=2) is ends
+    watch = Watch(None, patience=2)
+    watch.looks = dict(enumerate(looks))
+    assert watch.ends is ends
+
+
+def test_more_patience_waits_for_more_looks():
+    looks = [*RISING, (0.9, 3.0), (0.8, 3.5)]
+    assert not over_optimised(looks, patience=3)
+    assert over_optimised([*looks, (0.7, 4.0)], patience=3)
+
+
+def test_the_first_of_equal_looks_is_the_best():
+    watch = Watch(None, patience=1)
+    watch.looks = {0: (0.1, 0.0), 10: (0.4, 0.0), 20: (0.4, 1.0), 30: (0.2, 1.0)}
+    assert watch.best == 10
+
+
+@pytest.mark.parametrize(("every", "judged"), [(0, []), (1, [0, 2, 4, 6, 7]), (2, [0, 4, 7])])
+def test_the_guard_judges_every_nth_look_and_the_last(every, judged):
+    config = ppo.Config(updates=7, validate_every=2, guard=ppo.Guard(every=every))
+    assert [update for update in range(8) if config.judges(update)] == judged
+
+
+def test_the_chart_is_drawn_where_a_guard_judged():
+    rows = [
+        {"step": step, "validation/score": 1.0 * step, "validation/kl": 1.0 * step**2}
+        for step in range(4)
+    ]
+    assert guard_charts(curves(rows)) == []
+    rows[1]["guard/score"], rows[3]["guard/score"] = 0.5, 0.2
+    (chart,) = guard_charts(curves(rows))
+    assert "guard, reward model by square root of the KL" in chart.description
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    run = tmp_path_factory.mktemp("guard")
+    for stage in (data, tokenizer):
+        assert stage.main(["--recipe=smoke", f"--run={run}", "--tracking=none"]) == 0
+    make_models(run)
+    config = StageConfig(recipe="smoke", run=str(run), tracking="none")
+    kinds = {"data": "dataset", "sft": "causal-lm"}
+    parents = {name: open_artifact(run / name, kind=kind) for name, kind in kinds.items()}
+    with begin(config, stage="reward_guard", kind="reward", parents=parents) as stage:
+        for path in (run / "reward").iterdir():
+            if path.is_file() and path.name != "manifest.json":
+                shutil.copy(path, stage.path)
+        stage.finish("copied", chosen={}, summary={}, card="# guard")
+    return run
+
+
+@pytest.fixture
+def falling(monkeypatch):
+    """A guard whose score falls by 0.2 a look after the second, under a score that rises."""
+
+    def judge(self, prompts, responses, *, score, update, pad_id):
+        self.looks[update] = (1.0 - 0.1 * abs(update - 2), float(update))
+        return self.looks[update][0]
+
+    monkeypatch.setattr(Watch, "judge", judge)
+    look = validation.Validation.look
+
+    def rising(self, stage, *, update, judged):
+        metrics = look(self, stage, update=update, judged=judged)
+        metrics["validation/score"] = float(update)
+        return metrics
+
+    monkeypatch.setattr(validation.Validation, "look", rising)
+
+
+def weights(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_ppo_ends_early_keeps_the_best_and_resumes_to_the_same_bytes(
+    run_folder, falling, monkeypatch
+):
+    settings = words(run_folder, "--updates=12", "--guard.every=1", "--guard.patience=2")
+    assert ppo.main(settings) == 0
+    artifact = open_artifact(run_folder / "ppo", kind="causal-lm")
+    rows = read_jsonl(run_folder / "ppo" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "guard/score" in row] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows if "diagnosis/guard_falling" in row] == [6]
+    assert artifact.summary["updates"] == 6
+    assert set(artifact.content["parents"]) == {"data", "sft", "reward", "reward_guard"}
+    best, last = weights(run_folder / "ppo" / "best"), weights(run_folder / "ppo")
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+
+    save_point = StageRun.save_point
+    for died_after in (3, 6):
+
+        def dying(self, step, write, died_after=died_after):
+            save_point(self, step, write)
+            if step == died_after:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StageRun, "save_point", dying)
+            with pytest.raises(Killed):
+                ppo.main([*settings, "--force=true"])
+        assert ppo.main(settings) == 0
+        resumed = open_artifact(run_folder / "ppo", kind="causal-lm")
+        assert resumed.content["files"] == artifact.content["files"]
+
+
+def test_a_real_guard_scores_the_validation_replies(run_folder):
+    assert ppo.main(words(run_folder, "--force=true", "--updates=2", "--guard.every=1")) == 0
+    rows = read_jsonl(run_folder / "ppo" / "metrics.jsonl")
+    judged = [row for row in rows if "guard/score" in row]
+    assert [row["step"] for row in judged] == [0, 2]
+    for row in judged:  # the guard here is a copy of the reward model
+        assert row["guard/score"] == pytest.approx(row["validation/score"], abs=1e-5)
+
+
+def test_a_guard_of_another_vocabulary_is_refused(run_folder, monkeypatch):
+    from pipeline import models
+
+    load = models.load_tokenizer
+
+    def other(path):
+        loaded = load(path)
+        if path.name == "reward_guard":
+            loaded.add_tokens(["<|stranger|>"])
+        return loaded
+
+    monkeypatch.setattr(models, "load_tokenizer", other)
+    config = ppo.Config(recipe="smoke", run=str(run_folder), guard=ppo.Guard(every=1))
+    names = {"sft": "causal-lm", "reward_guard": "reward"}
+    parents = {name: open_artifact(run_folder / name, kind=kind) for name, kind in names.items()}
+    with pytest.raises(UserError, match="reward_guard has another tokenizer than .*FORCE=1"):
+        ppo.load_watch(config, parents, device="cpu")
