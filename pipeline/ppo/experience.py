@@ -10,7 +10,14 @@ from torch import Tensor
 
 from pipeline.models import score_responses
 from pipeline.ppo.kl import k1
-from pipeline.sequences import Batch, collate, pad_tokens, response_logits
+from pipeline.sequences import (
+    Batch,
+    chosen_logprobs,
+    collate,
+    pad_tokens,
+    response_logprobs,
+    token_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -119,14 +126,13 @@ def measure(
 
 
 def _measure_batch(roles: Roles, batch: Batch, *, temperature: float) -> dict[str, Tensor]:
-    tokens = batch.input_ids[batch.response_mask][:, None]
-    logprobs = response_logits(roles.policy, batch, temperature=temperature).log_softmax(dim=-1)
-    reference = response_logits(roles.reference, batch, temperature=temperature)
+    logprobs = response_logprobs(roles.policy, batch, temperature=temperature)
+    reference = response_logprobs(roles.reference, batch, temperature=temperature)
     return {
-        "logprobs": logprobs.gather(1, tokens)[:, 0],
-        "ref_logprobs": reference.log_softmax(dim=-1).gather(1, tokens)[:, 0],
+        "logprobs": chosen_logprobs(logprobs, batch),
+        "ref_logprobs": chosen_logprobs(reference, batch),
         "values": token_values(roles.value, batch),
-        "entropy": -(logprobs.exp() * logprobs).sum(dim=-1),
+        "entropy": token_entropy(logprobs),
     }
 
 

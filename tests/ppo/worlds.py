@@ -73,5 +73,5 @@ def trainer(*, double: bool = False, reward_model: Any = None, **changes: Any) -
 
 def weights(trainer: PPOTrainer) -> torch.Tensor:
     """All weights of policy and value model in one vector."""
-    models = trainer.models.values()
+    models = trainer.optimiser.models.values()
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
