@@ -17,7 +17,7 @@ from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
-from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.progress import progress
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Config(StageConfig):
     updates: int = 60
     """Updates: one rollout and its optimisation each."""
     prompts_per_update: int = 128
-    """Prompts of one rollout, over all processes."""
+    """Responses of one rollout, over all processes; each has a prompt of its own unless
+    advantage.responses_per_prompt says otherwise."""
     minibatch_size: int = 32
     """Responses of one optimizer step, over all processes; divides prompts_per_update."""
     microbatch_size: int = 32
@@ -54,7 +55,9 @@ class Config(StageConfig):
     kl: KL = field(default_factory=KL)
     """The KL penalty."""
     reward: Reward = field(default_factory=Reward)
-    """Scores, rewards and advantages."""
+    """Scores and rewards."""
+    advantage: Advantage = field(default_factory=Advantage)
+    """What a response is held against."""
     optimisation: Optimisation = field(default_factory=Optimisation)
     """Losses and steps of one update."""
     validate_every: int = 10
@@ -80,6 +83,11 @@ class Config(StageConfig):
             f"{self.prompts_per_update}",
         )
         require(
+            self.prompts_per_update % self.advantage.responses_per_prompt == 0,
+            f"advantage.responses_per_prompt: {self.advantage.responses_per_prompt} does not "
+            f"divide prompts_per_update {self.prompts_per_update}",
+        )
+        require(
             self.prompts_per_update >= self.num_processes,
             f"prompts_per_update: {self.prompts_per_update} is less than the processes",
         )
@@ -101,6 +109,7 @@ class Config(StageConfig):
             precision=precision,
             kl=self.kl,
             reward=self.reward,
+            advantage=self.advantage,
             optimisation=self.optimisation,
         )
 
@@ -123,7 +132,9 @@ def read_prompts(
     return kept, len(encoded) - len(kept)
 
 
-def load_roles(sft: Artifact, reward: Artifact, *, accelerator: "Accelerator") -> "Roles":
+def load_roles(
+    config: Config, sft: Artifact, reward: Artifact, *, accelerator: "Accelerator"
+) -> "Roles":
     """Returns policy and reference from sft, reward model and value model from reward."""
     from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
     from pipeline.ppo.experience import Roles
@@ -137,7 +148,9 @@ def load_roles(sft: Artifact, reward: Artifact, *, accelerator: "Accelerator") -
         policy=load_causal_lm(sft.path).to(device),
         reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
         reward_model=load_reward_model(reward.path).to(device).requires_grad_(False),
-        value=load_reward_model(reward.path).to(device),
+        value=load_reward_model(reward.path).to(device)
+        if config.advantage.needs_value_model
+        else None,
     )
 
 
@@ -150,7 +163,7 @@ def build_trainer(
     from pipeline.ppo.validation import Validation
 
     tokenizer = load_tokenizer(parents["sft"].path)
-    roles = load_roles(parents["sft"], parents["reward"], accelerator=accelerator)
+    roles = load_roles(config, parents["sft"], parents["reward"], accelerator=accelerator)
     context = roles.policy.config.max_position_embeddings
     longest = config.max_prompt_tokens + config.max_response_tokens
     require(
@@ -204,15 +217,16 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
 
 
 def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> None:
-    """Writes the policy with its tokenizer, and the critic."""
+    """Writes the policy with its tokenizer, and the critic where there is one."""
     from pipeline.models import load_tokenizer
 
     if stage.is_main:
         tokenizer = load_tokenizer(sft.path)
         trainer.roles.policy.save_pretrained(stage.path)
         tokenizer.save_pretrained(stage.path)
-        trainer.roles.value.save_pretrained(stage.path / "value")
-        tokenizer.save_pretrained(stage.path / "value")
+        if trainer.roles.value is not None:
+            trainer.roles.value.save_pretrained(stage.path / "value")
+            tokenizer.save_pretrained(stage.path / "value")
 
 
 def card(config: Config, first: dict[str, float], last: dict[str, float]) -> str:

@@ -28,13 +28,14 @@ class Roles:
         policy: causal LM being trained.
         reference: the frozen SFT model.
         reward_model: frozen sequence classifier with normalisation constants.
-        value: sequence classifier started from the reward model, being trained.
+        value: sequence classifier started from the reward model, being trained; None for
+            advantages that need no critic.
     """
 
     policy: Any
     reference: Any
     reward_model: Any
-    value: Any
+    value: Any | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Experience:
         mask: True on response tokens.
         logprobs: log pi at the time of sampling, 0 outside the mask.
         ref_logprobs: log pi_ref, 0 outside the mask.
-        values: value of the state before each token, 0 outside the mask.
+        values: value of the state before each token, 0 outside the mask and without a critic.
         entropy: entropy of pi at each token in nats, 0 outside the mask.
         scores: the reward model's normalised score of each response.
         ended: True where the response holds its EOS.
@@ -128,10 +129,13 @@ def measure(
 def _measure_batch(roles: Roles, batch: Batch, *, temperature: float) -> dict[str, Tensor]:
     logprobs = response_logprobs(roles.policy, batch, temperature=temperature)
     reference = response_logprobs(roles.reference, batch, temperature=temperature)
+    chosen = chosen_logprobs(logprobs, batch)
     return {
-        "logprobs": chosen_logprobs(logprobs, batch),
+        "logprobs": chosen,
         "ref_logprobs": chosen_logprobs(reference, batch),
-        "values": token_values(roles.value, batch),
+        "values": torch.zeros_like(chosen)
+        if roles.value is None
+        else token_values(roles.value, batch),
         "entropy": token_entropy(logprobs),
     }
 

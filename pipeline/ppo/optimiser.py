@@ -32,12 +32,12 @@ class Lesson:
     Attributes:
         experience: the rollout.
         advantages: one per token, 0 outside the mask.
-        returns: targets of the value model, 0 outside the mask.
+        returns: targets of the value model, 0 outside the mask; None when there is no such model.
     """
 
     experience: Experience
     advantages: Float[Tensor, "batch time"]
-    returns: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"] | None
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,20 @@ class _Microbatch:
     logprobs: Float[Tensor, "batch time"]
     advantages: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
-    returns: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"] | None
 
 
 class Optimiser:
-    """Moves the policy and the value model; every process ends with the same weights."""
+    """Moves the policy and, where there is one, the value model; the same on every process."""
 
     def __init__(
         self, roles: Roles, *, settings: Settings, accelerator: "Accelerator", pad_id: int
     ) -> None:
         rates = settings.optimisation
         self.settings, self.accelerator, self.pad_id = settings, accelerator, pad_id
-        self.models = {"policy": roles.policy, "value": roles.value}
+        self.models = {"policy": roles.policy}
+        if roles.value is not None:
+            self.models["value"] = roles.value
         self.rates = {"policy": rates.learning_rate, "value": rates.value_learning_rate}
         self.optimizers = {
             name: _adamw(model, self.rates[name]) for name, model in self.models.items()
@@ -135,13 +137,14 @@ class Optimiser:
             logprobs=rows_of(experience.logprobs),
             advantages=rows_of(lesson.advantages),
             values=rows_of(experience.values),
-            returns=rows_of(lesson.returns),
+            returns=None if lesson.returns is None else rows_of(lesson.returns),
         )
 
     def _backward(self, micro: _Microbatch, *, num_tokens: int) -> dict[str, float]:
         """Returns sums over a micro-batch after adding its gradients to every model."""
         losses = self._policy_losses(micro, num_tokens=num_tokens)
-        losses["value"] = self._value_loss(micro, num_tokens=num_tokens)
+        if micro.returns is not None:
+            losses["value"] = self._value_loss(micro, micro.returns, num_tokens=num_tokens)
         coefs = {"policy": 1.0, "value": self.settings.optimisation.value_coef}
         total = sum((coefs[name] * loss.value for name, loss in losses.items()), torch.zeros(()))
         total.backward()
@@ -164,13 +167,15 @@ class Optimiser:
             )
         }
 
-    def _value_loss(self, micro: _Microbatch, *, num_tokens: int) -> Loss:
+    def _value_loss(
+        self, micro: _Microbatch, returns: Float[Tensor, "batch time"], *, num_tokens: int
+    ) -> Loss:
         with precision_context(self.settings.precision, self.models["value"].device):
             values = token_values(self.models["value"], micro.batch)
         return value_loss(
             pad_tokens(values, micro.mask),
             micro.values,
-            micro.returns,
+            returns,
             micro.mask,
             clip=self.settings.optimisation.value_clip,
             num_tokens=num_tokens,

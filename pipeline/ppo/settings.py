@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from pipeline.config import require
 
+ESTIMATORS = ("gae", "rloo", "grpo", "reinforce")
+
 
 @dataclass(frozen=True, kw_only=True)
 class KL:
@@ -39,7 +41,7 @@ class Reward:
     whiten: bool = False
     """Divides the token rewards by their standard deviation, without shifting the mean."""
     gamma: float = 1.0
-    """Discount per token."""
+    """Discount per token, of gae and reinforce."""
     lam: float = 0.95
     """Trace decay of generalised advantage estimation."""
 
@@ -48,6 +50,41 @@ class Reward:
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"reward.{name}: must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantage:
+    """What a response is held against."""
+
+    estimator: str = "gae"
+    """gae: the value model. Without one: rloo (mean of the other responses to the prompt), grpo
+    (mean and deviation of all of them), reinforce (a running mean over updates)."""
+    responses_per_prompt: int = 1
+    """Responses to each prompt of a rollout, in adjacent rows; divides prompts_per_update, which
+    counts responses. rloo and grpo need at least 2."""
+    baseline_decay: float = 0.9
+    """Share of the past that reinforce's running mean keeps at every update."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.estimator in ESTIMATORS,
+            f"advantage.estimator: must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}",
+        )
+        fewest = 2 if self.estimator in ("rloo", "grpo") else 1
+        require(
+            self.responses_per_prompt >= fewest,
+            f"advantage.responses_per_prompt: {self.estimator} needs at least {fewest}, "
+            f"got {self.responses_per_prompt}",
+        )
+        require(
+            0 <= self.baseline_decay < 1,
+            f"advantage.baseline_decay: must be in [0, 1), got {self.baseline_decay}",
+        )
+
+    @property
+    def needs_value_model(self) -> bool:
+        """Whether a critic is trained."""
+        return self.estimator == "gae"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,4 +136,5 @@ class Settings:
     precision: str
     kl: KL
     reward: Reward
+    advantage: Advantage
     optimisation: Optimisation

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from pipeline import distributed
 from pipeline.models import load_causal_lm, load_reward_model
-from pipeline.ppo.advantages import gae, whiten
+from pipeline.ppo.advantages import RunningBaseline, gae, grpo, reinforce, rloo, whiten
 from pipeline.ppo.checks import check_experience
 from pipeline.ppo.experience import Experience, Roles, assemble, measure
 from pipeline.ppo.kl import AdaptiveController, Controller, FixedController
@@ -40,7 +42,7 @@ class Outcome:
 
 
 class PPOTrainer:
-    """Trains a policy and a value model on prompts; all randomness is a function of the seed."""
+    """Trains a policy, and a critic if there is one; all randomness is a function of the seed."""
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class PPOTrainer:
         self.roles, self.prompts, self.settings = roles, prompts, settings
         self.eos_id, self.pad_id = eos_id, pad_id
         self.kl = build_controller(settings.kl)
+        self.baseline = RunningBaseline(settings.advantage.baseline_decay)
         self.optimiser = Optimiser(roles, settings=settings, accelerator=accelerator, pad_id=pad_id)
 
     def update(self, number: int) -> Outcome:
@@ -84,29 +87,52 @@ class PPOTrainer:
         rewards = token_rewards(scores, experience.kl, mask, kl_coef=self.kl.coef)
         if settings.reward.whiten:
             rewards = whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(
-            rewards, experience.values, mask, gamma=settings.reward.gamma, lam=settings.reward.lam
-        )
+        lesson = self.estimate(experience, rewards)
         with _clock(timings, "optimise"):
-            losses = self.optimiser.run(
-                number, Lesson(experience, whiten(advantages, mask), returns)
-            )
+            losses = self.optimiser.run(number, lesson)
 
         metrics = {
             **objective(experience, scores, kl_coef=self.kl.coef, clip=settings.reward.clip),
             **losses,
-            "value/explained_variance": explained_variance(experience.values[mask], returns[mask]),
         }
+        if lesson.returns is not None:
+            metrics["value/explained_variance"] = explained_variance(
+                experience.values[mask], lesson.returns[mask]
+            )
         self.kl.update(metrics["objective/kl"], num_episodes=len(prompts))
         _add_throughput(timings, num_tokens=int(mask.sum()))
         return Outcome(metrics, timings, experience)
 
     def prompt_rows(self, number: int) -> list[int]:
-        """Returns the prompts of an update: each once per epoch, in a new order every epoch."""
-        size, total = self.settings.prompts_per_update, len(self.prompts)
-        return rows_in_turn(
+        """Returns the prompt of each response of an update.
+
+        Every prompt comes once per epoch, in a new order every epoch; responses to the same prompt
+        stand in adjacent rows.
+        """
+        group = self.settings.advantage.responses_per_prompt
+        size, total = self.settings.prompts_per_update // group, len(self.prompts)
+        rows = rows_in_turn(
             self.settings.seed, "prompts", start=number * size, size=size, total=total
         )
+        return [row for row in rows for _ in range(group)]
+
+    def estimate(self, experience: Experience, rewards: Float[Tensor, "batch time"]) -> Lesson:
+        """Returns the rollout with advantages by the configured estimator."""
+        mask, options, reward = experience.mask, self.settings.advantage, self.settings.reward
+        if options.estimator == "gae":
+            advantages, returns = gae(
+                rewards, experience.values, mask, gamma=reward.gamma, lam=reward.lam
+            )
+            return Lesson(experience, whiten(advantages, mask), returns)
+        if options.estimator == "reinforce":
+            advantages, to_go = reinforce(
+                rewards, mask, gamma=reward.gamma, baseline=self.baseline.value
+            )
+            self.baseline.update(float(to_go[:, 0].mean()))
+            return Lesson(experience, advantages, None)
+        compare = rloo if options.estimator == "rloo" else grpo
+        group = options.responses_per_prompt
+        return Lesson(experience, compare(rewards, mask, group=group), None)
 
     def sample(
         self, prompts: Sequence[list[int]], *, update: int, name: str = "rollout"
@@ -158,16 +184,18 @@ class PPOTrainer:
             return
         for name, model in self.optimiser.models.items():
             model.save_pretrained(folder / name)
-        state = {**self.optimiser.state(), "kl": self.kl.state()}
-        torch.save(state, folder / "state.pt")
+        kept = {"kl": self.kl.state(), "baseline": self.baseline.value}
+        torch.save({**self.optimiser.state(), **kept}, folder / "state.pt")
 
     def load(self, folder: Path) -> None:
         """Takes up the state of a resume point."""
         self.roles.policy.load_state_dict(load_causal_lm(folder / "policy").state_dict())
-        self.roles.value.load_state_dict(load_reward_model(folder / "value").state_dict())
+        if self.roles.value is not None:
+            self.roles.value.load_state_dict(load_reward_model(folder / "value").state_dict())
         state = torch.load(folder / "state.pt", weights_only=True)
         self.optimiser.load_state(state)
         self.kl.coef = state["kl"]["coef"]
+        self.baseline.value = state["baseline"]
 
 
 def build_controller(kl: KL) -> Controller:

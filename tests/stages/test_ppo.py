@@ -136,7 +136,7 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
         name: open_artifact(run_folder / name, kind=kind) for name, kind in ppo.PARENTS.items()
     }
     with pytest.raises(UserError, match="reward has another tokenizer than .*sft.* make reward"):
-        ppo.load_roles(parents["sft"], parents["reward"], accelerator=ppo.setup(config))
+        ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
 
 
 @pytest.mark.parametrize(
