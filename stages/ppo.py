@@ -1,28 +1,25 @@
 """Aligns the SFT model with the reward model by PPO under a KL penalty.
 
 Reads   runs/<recipe>/{data,sft,reward}; of the data the prompts of the training and validation
-        splits.
+        splits, and the pretraining text (validation: the alignment tax; training: PPO-ptx).
 Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, value/
-        (the critic), metrics, timings and samples of every validation.
+        (the critic, if advantages need one), metrics, timings and samples of every validation.
 Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
-from pipeline.errors import UserError
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.progress import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedTokenizerFast
 
     from pipeline.ppo.experience import Roles
     from pipeline.ppo.trainer import PPOTrainer
@@ -114,29 +111,16 @@ class Config(StageConfig):
         )
 
 
-def read_prompts(
-    folder: Path, *, split: str, tokenizer: "PreTrainedTokenizerFast", max_tokens: int
-) -> tuple[list[list[int]], int]:
-    """Returns a split's prompts as token ids, and how many were dropped as too long."""
-    from pipeline.data.formats import read_rows
-    from pipeline.tokenizer import encode_prompt
-
-    rows = read_rows(folder, "prompts", split=split)
-    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    kept = [tokens for tokens in encoded if len(tokens) <= max_tokens]
-    if not kept:
-        raise UserError(
-            f"{folder}: none of the {len(rows)} {split} prompts has at most {max_tokens} tokens; "
-            "raise max_prompt_tokens"
-        )
-    return kept, len(encoded) - len(kept)
-
-
 def load_roles(
     config: Config, sft: Artifact, reward: Artifact, *, accelerator: "Accelerator"
 ) -> "Roles":
     """Returns policy and reference from sft, reward model and value model from reward."""
-    from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
+    from pipeline.models import (
+        load_causal_lm,
+        load_reward_model,
+        load_tokenizer,
+        take_raw_scores,
+    )
     from pipeline.ppo.experience import Roles
 
     require(
@@ -144,14 +128,17 @@ def load_roles(
         f"{reward.path} has another tokenizer than {sft.path}. Run: make reward FORCE=1",
     )
     device = accelerator.device
-    return Roles(
+    value = load_reward_model(reward.path) if config.advantage.needs_value_model else None
+    roles = Roles(
         policy=load_causal_lm(sft.path).to(device),
         reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
         reward_model=load_reward_model(reward.path).to(device).requires_grad_(False),
-        value=load_reward_model(reward.path).to(device)
-        if config.advantage.needs_value_model
-        else None,
+        value=None if value is None else value.to(device),
     )
+    if not config.reward.normalise:
+        for model in filter(None, (roles.reward_model, roles.value)):
+            take_raw_scores(model)
+    return roles
 
 
 def build_trainer(
@@ -159,6 +146,7 @@ def build_trainer(
 ) -> "tuple[PPOTrainer, Validation, dict[str, Any]]":
     """Returns the trainer, the validation, and what was counted on the way."""
     from pipeline.models import choose_precision, load_tokenizer
+    from pipeline.ppo.inputs import read_prompts, read_text
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.ppo.validation import Validation
 
@@ -170,14 +158,21 @@ def build_trainer(
         longest <= context,
         f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
     )
+    data = parents["data"].path
     splits = {
         split: read_prompts(
-            parents["data"].path,
-            split=split,
-            tokenizer=tokenizer,
-            max_tokens=config.max_prompt_tokens,
+            data, split=split, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
         )
         for split in ("train", "validation")
+    }
+    wanted = {
+        "train": config.optimisation.ptx_coef > 0,
+        "validation": (data / "text-validation.parquet").is_file(),
+    }
+    text = {
+        split: read_text(data, split=split, tokenizer=tokenizer, length=longest)
+        for split, needed in wanted.items()
+        if needed
     }
     trainer = PPOTrainer(
         roles,
@@ -186,9 +181,13 @@ def build_trainer(
         accelerator=accelerator,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
+        text=text.get("train"),
     )
     validation = Validation(
-        trainer, splits["validation"][0][: config.validation_prompts], tokenizer=tokenizer
+        trainer,
+        splits["validation"][0][: config.validation_prompts],
+        tokenizer=tokenizer,
+        text=text.get("validation"),
     )
     counts = {f"prompts_dropped_{split}": dropped for split, (_, dropped) in splits.items()}
     return trainer, validation, counts

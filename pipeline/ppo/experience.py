@@ -26,7 +26,7 @@ class Roles:
 
     Attributes:
         policy: causal LM being trained.
-        reference: the frozen SFT model.
+        reference: the SFT model, frozen; moved between updates where settings say so.
         reward_model: frozen sequence classifier with normalisation constants.
         value: sequence classifier started from the reward model, being trained; None for
             advantages that need no critic.
@@ -74,6 +74,17 @@ class Experience:
     def kl(self) -> Float[Tensor, "batch time"]:
         """The k1 estimate of each token's KL, 0 outside the mask."""
         return k1(self.logprobs, self.ref_logprobs)
+
+
+@torch.no_grad()
+def move_reference(roles: Roles, *, rate: float) -> None:
+    """Moves the reference towards the policy: ref <- (1 - rate) ref + rate policy.
+
+    Gorbatovski et al. 2024, eq. 4 and 5.
+    """
+    pairs = zip(roles.reference.parameters(), roles.policy.parameters(), strict=True)
+    for ours, theirs in pairs:
+        ours.lerp_(theirs, rate)
 
 
 def length_mask(responses: Sequence[Sequence[int]]) -> Bool[Tensor, "batch time"]:

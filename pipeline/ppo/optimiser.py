@@ -12,11 +12,18 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.ppo.checks import RATIO_TOLERANCE, check_norms, check_step
 from pipeline.ppo.experience import Experience, Roles, length_mask, token_values
-from pipeline.ppo.losses import Loss, policy_loss, value_loss
+from pipeline.ppo.losses import Loss, entropy_loss, kl_loss, policy_loss, text_loss, value_loss
 from pipeline.ppo.metrics import named_sums, step_metrics
-from pipeline.ppo.order import permutation
+from pipeline.ppo.order import permutation, rows_in_turn
 from pipeline.ppo.settings import Settings
-from pipeline.sequences import Batch, chosen_logprobs, collate, pad_tokens, response_logprobs
+from pipeline.sequences import (
+    Batch,
+    chosen_logprobs,
+    collate,
+    pad_tokens,
+    response_logprobs,
+    token_entropy,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,11 +40,13 @@ class Lesson:
         experience: the rollout.
         advantages: one per token, 0 outside the mask.
         returns: targets of the value model, 0 outside the mask; None when there is no such model.
+        kl_coef: beta, where the penalty stands in the loss.
     """
 
     experience: Experience
     advantages: Float[Tensor, "batch time"]
     returns: Float[Tensor, "batch time"] | None
+    kl_coef: float
 
 
 @dataclass(frozen=True)
@@ -47,18 +56,28 @@ class _Microbatch:
     batch: Batch
     mask: Bool[Tensor, "batch time"]
     logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"]
     advantages: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
     returns: Float[Tensor, "batch time"] | None
+    kl_coef: float
 
 
 class Optimiser:
     """Moves the policy and, where there is one, the value model; the same on every process."""
 
     def __init__(
-        self, roles: Roles, *, settings: Settings, accelerator: "Accelerator", pad_id: int
+        self,
+        roles: Roles,
+        *,
+        settings: Settings,
+        accelerator: "Accelerator",
+        pad_id: int,
+        text: Int[Tensor, "row time"] | None = None,
     ) -> None:
         rates = settings.optimisation
+        assert (text is not None) == (rates.ptx_coef > 0)
+        self.text = text
         self.settings, self.accelerator, self.pad_id = settings, accelerator, pad_id
         self.models = {"policy": roles.policy}
         if roles.value is not None:
@@ -84,8 +103,14 @@ class Optimiser:
                 group["lr"] = self.rates[name] * left
         steps: list[dict[str, float]] = []
         for rows in self._minibatches(number, size=len(lesson.experience.prompts)):
-            steps.append(self._step(lesson, rows=rows, first=not steps))
+            text_rows = self._text_rows(number, step=len(steps))
+            step = self._step(lesson, rows=rows, text_rows=text_rows, first=not steps)
+            if step is None:
+                break
+            steps.append(step)
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        if self.settings.optimisation.target_kl is not None:
+            means["optim/steps"] = float(len(steps))
         return {**means, "optim/lr": self.rates["policy"] * left}
 
     def _minibatches(self, number: int, *, size: int) -> Iterator[Int[Tensor, " minibatch"]]:
@@ -94,10 +119,25 @@ class Optimiser:
             order = permutation(self.settings.seed, "minibatches", number, epoch, size=size)
             yield from torch.from_numpy(order).split(self.settings.minibatch_size)
 
+    def _text_rows(self, number: int, *, step: int) -> Int[Tensor, " text_row"]:
+        """Returns the pretraining rows of a step, none without PPO-ptx."""
+        if self.text is None:
+            return torch.zeros(0, dtype=torch.long)
+        settings, size = self.settings, self.settings.minibatch_size
+        steps = settings.optimisation.epochs * (settings.prompts_per_update // size)
+        start = (number * steps + step) * size
+        rows = rows_in_turn(settings.seed, "ptx", start=start, size=size, total=len(self.text))
+        return torch.tensor(rows)
+
     def _step(
-        self, lesson: Lesson, *, rows: Int[Tensor, " minibatch"], first: bool
-    ) -> dict[str, float]:
-        """Returns the metrics of one optimizer step of every model on a minibatch."""
+        self,
+        lesson: Lesson,
+        *,
+        rows: Int[Tensor, " minibatch"],
+        text_rows: Int[Tensor, " text_row"],
+        first: bool,
+    ) -> dict[str, float] | None:
+        """Returns the metrics of one optimizer step on a minibatch; None when it went too far."""
         experience = lesson.experience
         num_tokens = int(experience.mask[rows].sum())
         mine = rows[distributed.rank() :: distributed.world_size()]
@@ -107,6 +147,7 @@ class Optimiser:
             for micro in mine.split(self.settings.microbatch_size)
             if len(micro)
         ]
+        parts += self._backward_text(text_rows)
         shares = distributed.gather_objects(parts)
         metrics = step_metrics([part for share in shares for part in share], num_tokens=num_tokens)
         check_step(
@@ -115,6 +156,11 @@ class Optimiser:
             first_tolerance=RATIO_TOLERANCE[self.settings.precision] if first else None,
             max_ratio=self.settings.optimisation.max_ratio,
         )
+        target_kl = self.settings.optimisation.target_kl
+        if target_kl is not None and metrics["policy/approx_kl"] > target_kl:
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            return None
         norms = {name: self._reduced_norm(name) for name in self.models}
         check_norms(norms, rows=rows)
         for optimizer in self.optimizers.values():
@@ -135,9 +181,11 @@ class Optimiser:
             batch=collate(prompts, responses, pad_id=self.pad_id).to(device),
             mask=mask.to(device),
             logprobs=rows_of(experience.logprobs),
+            ref_logprobs=rows_of(experience.ref_logprobs),
             advantages=rows_of(lesson.advantages),
             values=rows_of(experience.values),
             returns=None if lesson.returns is None else rows_of(lesson.returns),
+            kl_coef=lesson.kl_coef,
         )
 
     def _backward(self, micro: _Microbatch, *, num_tokens: int) -> dict[str, float]:
@@ -145,27 +193,49 @@ class Optimiser:
         losses = self._policy_losses(micro, num_tokens=num_tokens)
         if micro.returns is not None:
             losses["value"] = self._value_loss(micro, micro.returns, num_tokens=num_tokens)
-        coefs = {"policy": 1.0, "value": self.settings.optimisation.value_coef}
+        rates = self.settings.optimisation
+        coefs = {
+            "policy": 1.0,
+            "value": rates.value_coef,
+            "kl": micro.kl_coef,
+            "entropy": rates.entropy_coef,
+        }
         total = sum((coefs[name] * loss.value for name, loss in losses.items()), torch.zeros(()))
         total.backward()
         return named_sums(losses)
 
     def _policy_losses(self, micro: _Microbatch, *, num_tokens: int) -> dict[str, Loss]:
+        rates, estimator = self.settings.optimisation, self.settings.kl.in_loss
         with precision_context(self.settings.precision, self.models["policy"].device):
             logprobs = response_logprobs(
                 self.models["policy"], micro.batch, temperature=self.settings.temperature
             )
         chosen = pad_tokens(chosen_logprobs(logprobs, micro.batch), micro.mask)
-        return {
+        losses = {
             "policy": policy_loss(
                 chosen,
                 micro.logprobs,
                 micro.advantages,
                 micro.mask,
-                clip=self.settings.optimisation.clip,
+                clip=rates.clip,
+                clip_high=rates.clip_high,
+                dual_clip=rates.dual_clip,
                 num_tokens=num_tokens,
             )
         }
+        if estimator is not None:
+            losses["kl"] = kl_loss(
+                chosen,
+                micro.logprobs,
+                micro.ref_logprobs,
+                micro.mask,
+                estimator=estimator,
+                num_tokens=num_tokens,
+            )
+        if rates.entropy_coef > 0:
+            entropy = pad_tokens(token_entropy(logprobs), micro.mask)
+            losses["entropy"] = entropy_loss(entropy, micro.mask, num_tokens=num_tokens)
+        return losses
 
     def _value_loss(
         self, micro: _Microbatch, returns: Float[Tensor, "batch time"], *, num_tokens: int
@@ -180,6 +250,23 @@ class Optimiser:
             clip=self.settings.optimisation.value_clip,
             num_tokens=num_tokens,
         )
+
+    def _backward_text(self, rows: Int[Tensor, " text_row"]) -> list[dict[str, float]]:
+        """Returns a loss for each micro-batch of text after adding the policy's gradients."""
+        if self.text is None:
+            return []
+        policy, rates = self.models["policy"], self.settings.optimisation
+        num_tokens = len(rows) * (self.text.shape[1] - 1)
+        parts: list[dict[str, float]] = []
+        mine = rows[distributed.rank() :: distributed.world_size()]
+        for micro in mine.split(self.settings.microbatch_size):
+            ids = self.text[micro].to(policy.device)
+            with precision_context(self.settings.precision, policy.device):
+                logits = policy(input_ids=ids, use_cache=False).logits
+            loss = text_loss(logits, ids, num_tokens=num_tokens)
+            (rates.ptx_coef * loss.value).backward()
+            parts.append(named_sums({"ptx": loss}))
+        return parts
 
     def _reduced_norm(self, name: str) -> float:
         """Returns a model's gradient norm before clipping, gradients summed over all processes."""

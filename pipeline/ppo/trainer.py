@@ -5,6 +5,7 @@ control and metrics are global by construction; generation, scoring and gradient
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline import distributed
 from pipeline.models import load_causal_lm, load_reward_model
 from pipeline.ppo.advantages import RunningBaseline, gae, grpo, reinforce, rloo, whiten
 from pipeline.ppo.checks import check_experience
-from pipeline.ppo.experience import Experience, Roles, assemble, measure
+from pipeline.ppo.experience import Experience, Roles, assemble, measure, move_reference
 from pipeline.ppo.kl import AdaptiveController, Controller, FixedController
+from pipeline.ppo.losses import text_loss
 from pipeline.ppo.metrics import explained_variance, objective
 from pipeline.ppo.optimiser import Lesson, Optimiser, precision_context
 from pipeline.ppo.order import rows_in_turn
@@ -53,12 +55,15 @@ class PPOTrainer:
         accelerator: "Accelerator",
         eos_id: int,
         pad_id: int,
+        text: Int[Tensor, "row time"] | None = None,
     ) -> None:
         self.roles, self.prompts, self.settings = roles, prompts, settings
         self.eos_id, self.pad_id = eos_id, pad_id
         self.kl = build_controller(settings.kl)
         self.baseline = RunningBaseline(settings.advantage.baseline_decay)
-        self.optimiser = Optimiser(roles, settings=settings, accelerator=accelerator, pad_id=pad_id)
+        self.optimiser = Optimiser(
+            roles, settings=settings, accelerator=accelerator, pad_id=pad_id, text=text
+        )
 
     def update(self, number: int) -> Outcome:
         """Returns the outcome of one PPO update: sample, score, penalise, estimate, optimise.
@@ -84,7 +89,8 @@ class PPOTrainer:
             missing_eos_score=settings.reward.missing_eos_score,
             clip=settings.reward.clip,
         )
-        rewards = token_rewards(scores, experience.kl, mask, kl_coef=self.kl.coef)
+        kl_coef = self.kl.coef if settings.kl.in_loss is None else 0.0
+        rewards = token_rewards(scores, experience.kl, mask, kl_coef=kl_coef)
         if settings.reward.whiten:
             rewards = whiten(rewards, mask, shift_mean=False)
         lesson = self.estimate(experience, rewards)
@@ -100,6 +106,8 @@ class PPOTrainer:
                 experience.values[mask], lesson.returns[mask]
             )
         self.kl.update(metrics["objective/kl"], num_episodes=len(prompts))
+        if settings.kl.reference_rate > 0 and (number + 1) % settings.kl.reference_every == 0:
+            move_reference(self.roles, rate=settings.kl.reference_rate)
         _add_throughput(timings, num_tokens=int(mask.sum()))
         return Outcome(metrics, timings, experience)
 
@@ -123,16 +131,16 @@ class PPOTrainer:
             advantages, returns = gae(
                 rewards, experience.values, mask, gamma=reward.gamma, lam=reward.lam
             )
-            return Lesson(experience, whiten(advantages, mask), returns)
+            return Lesson(experience, whiten(advantages, mask), returns, self.kl.coef)
         if options.estimator == "reinforce":
             advantages, to_go = reinforce(
                 rewards, mask, gamma=reward.gamma, baseline=self.baseline.value
             )
             self.baseline.update(float(to_go[:, 0].mean()))
-            return Lesson(experience, advantages, None)
+            return Lesson(experience, advantages, None, self.kl.coef)
         compare = rloo if options.estimator == "rloo" else grpo
         group = options.responses_per_prompt
-        return Lesson(experience, compare(rewards, mask, group=group), None)
+        return Lesson(experience, compare(rewards, mask, group=group), None, self.kl.coef)
 
     def sample(
         self, prompts: Sequence[list[int]], *, update: int, name: str = "rollout"
@@ -178,18 +186,35 @@ class PPOTrainer:
         together = {name: _interleave([part[name] for part in shares]) for name in measured}
         return assemble(prompts, responses, together, eos_id=self.eos_id)
 
+    @torch.no_grad()
+    def text_perplexity(self, text: Int[Tensor, "row time"]) -> float:
+        """Returns the policy's perplexity on packed rows of text, exp(mean nats per token)."""
+        policy, shares = self.roles.policy, text[distributed.rank() :: distributed.world_size()]
+        total = 0.0
+        for ids in shares.split(self.settings.microbatch_size):
+            with precision_context(self.settings.precision, policy.device):
+                logits = policy(input_ids=ids.to(policy.device), use_cache=False).logits
+            total += float(text_loss(logits, ids.to(policy.device), num_tokens=1).value)
+        num_tokens = len(text) * (text.shape[1] - 1)
+        return math.exp(sum(distributed.gather_objects(total)) / num_tokens)
+
     def save(self, folder: Path) -> None:
         """Writes the state of a resume point; the main process's is everyone's."""
         if not distributed.is_main():
             return
         for name, model in self.optimiser.models.items():
             model.save_pretrained(folder / name)
+        if self.settings.kl.reference_rate > 0:
+            self.roles.reference.save_pretrained(folder / "reference")
         kept = {"kl": self.kl.state(), "baseline": self.baseline.value}
         torch.save({**self.optimiser.state(), **kept}, folder / "state.pt")
 
     def load(self, folder: Path) -> None:
         """Takes up the state of a resume point."""
         self.roles.policy.load_state_dict(load_causal_lm(folder / "policy").state_dict())
+        if self.settings.kl.reference_rate > 0:
+            reference = load_causal_lm(folder / "reference")
+            self.roles.reference.load_state_dict(reference.state_dict())
         if self.roles.value is not None:
             self.roles.value.load_state_dict(load_reward_model(folder / "value").state_dict())
         state = torch.load(folder / "state.pt", weights_only=True)

@@ -4,6 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxtyping import Int
+from torch import Tensor
+
 from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
@@ -30,7 +33,10 @@ class Validation:
         prompts: Sequence[list[int]],
         *,
         tokenizer: "PreTrainedTokenizerFast",
+        text: Int[Tensor, "row time"] | None = None,
     ) -> None:
+        """Takes prompts, and text whose first rows, one a prompt, show the alignment tax."""
+        self.text = None if text is None else text[: len(prompts)]
         self.trainer, self.prompts, self.tokenizer = trainer, list(prompts), tokenizer
         self.looks: dict[int, dict[str, float]] = {}
 
@@ -48,6 +54,8 @@ class Validation:
             "validation/eos_frac": float(experience.ended.float().mean()),
             "validation/distinct_2": distinct_2(counts, size=counts.total()),
         }
+        if self.text is not None:
+            metrics["validation/text_perplexity"] = trainer.text_perplexity(self.text)
         self.looks[update] = metrics
         stage.log(update, metrics)
         rows = zip(self.prompts, texts, experience.scores.tolist(), strict=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ppo.kl import AdaptiveController, FixedController, full_kl, k1, k3
+from pipeline.ppo.kl import AdaptiveController, FixedController, full_kl, k1, k2, k3
 from tests.support import assert_close
 
 
@@ -24,6 +24,10 @@ def test_estimators_are_unbiased_for_the_exact_kl(seed):
         expected = (logprobs.exp() * estimator(logprobs, ref_logprobs)).sum(-1)
         assert_close(expected, exact)
     assert bool((k3(logprobs, ref_logprobs) >= 0).all())
+
+
+def test_k2_by_hand():
+    assert_close(k2(torch.tensor([0.0]).double(), torch.tensor([-3.0]).double()), [4.5])
 
 
 def test_full_kl_by_hand():

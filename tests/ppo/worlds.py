@@ -54,7 +54,13 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{**fields, **groups, **changes})
 
 
-def trainer(*, double: bool = False, reward_model: Any = None, **changes: Any) -> PPOTrainer:
+def trainer(
+    *,
+    double: bool = False,
+    reward_model: Any = None,
+    text: torch.Tensor | None = None,
+    **changes: Any,
+) -> PPOTrainer:
     """A trainer of tiny models; the policy starts as a copy of the reference."""
     chosen = settings(**changes)
     reference, reward = tiny_llama(), tiny_reward_model()
@@ -69,6 +75,7 @@ def trainer(*, double: bool = False, reward_model: Any = None, **changes: Any) -
         accelerator=Accelerator(cpu=True),
         eos_id=EOS,
         pad_id=PAD,
+        text=text,
     )
 
 
