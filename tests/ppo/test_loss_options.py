@@ -39,11 +39,11 @@ def test_asymmetric_and_dual_clip_by_hand(advantage, ratio, loss, gradient):
     assert result.sums["clip_frac"] == float(gradient == 0.0)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_losses_and_their_gradients_agree_with_loops(seed):
     (first, old), mask = ragged(seed)
-    reference = ragged(seed + 1)[0][0]
+    reference = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed + 1)).double()
     num_tokens = int(mask.sum())
     for estimator in ("k2", "k3"):
         new = torch.where(mask, first, 0.0).requires_grad_()

@@ -169,7 +169,7 @@ def test_prompts_may_be_conversations_of_several_turns(run_folder, tmp_path):
     turns = [[token for token in prompt if token in roles] for prompt in prompts]
     assert max(len(turn) for turn in turns) == 4  # user, assistant, user, and the reply to come
     for turn in turns:
-        assert turn == [roles[index % 2] for index in range(len(turn))]
+        assert turn[::-1] == [roles[(index + 1) % 2] for index in range(len(turn))]
     assert ppo.main(words(run, "--updates=1", "--max_prompt_tokens=48")) == 0
     samples = (run / "ppo/samples.jsonl").read_text()
     assert samples.count("<|user|>") > samples.count('"response"')
