@@ -126,6 +126,11 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
+def take_raw_scores(model: Any) -> None:
+    """Sets a reward or value model's constants so that it says what its head says."""
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+
+
 def choose_precision(wanted: str) -> str:
     """Returns bf16 or fp32: as wanted, or for "auto" bf16 where the processor computes in it."""
     require(wanted in ("auto", "bf16", "fp32"), f"precision: auto, bf16 or fp32, got {wanted!r}")

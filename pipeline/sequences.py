@@ -86,9 +86,18 @@ def response_logprobs(
     batch: Batch,
     *,
     temperature: float = 1.0,
-) -> Float[Tensor, "batch time"]:
-    """Returns log pi(token) at every response position, 0 outside the response mask."""
-    logits = response_logits(model, batch, temperature=temperature)
-    tokens = batch.input_ids[batch.response_mask]
-    chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-    return pad_tokens(chosen, batch.response_mask)
+) -> Float[Tensor, "token vocabulary"]:
+    """Returns log pi over the whole vocabulary for each response token; see `response_logits`."""
+    return response_logits(model, batch, temperature=temperature).log_softmax(dim=-1)
+
+
+def chosen_logprobs(
+    logprobs: Float[Tensor, "token vocabulary"], batch: Batch
+) -> Float[Tensor, "token"]:
+    """Returns the log-probability of each response token that was written."""
+    return logprobs.gather(1, batch.input_ids[batch.response_mask][:, None])[:, 0]
+
+
+def token_entropy(logprobs: Float[Tensor, "token vocabulary"]) -> Float[Tensor, "token"]:
+    """Returns -sum p log p of each token's distribution, in nats."""
+    return -(logprobs.exp() * logprobs).sum(dim=-1)

@@ -1,33 +1,31 @@
 """Aligns the SFT model with the reward model by PPO under a KL penalty.
 
 Reads   runs/<recipe>/{data,sft,reward}, with a guard also reward_guard; of the data the prompts of
-        the training and validation splits.
+        the training and validation splits, and the pretraining text (validation: the alignment
+        tax; training: PPO-ptx).
 Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, value/
-        (the critic), best/ (where a guard chose one), rollouts/ (some, token by token), metrics,
-        timings and samples of every validation.
+        (the critic, if advantages need one), best/ (where a guard chose one), rollouts/ (some,
+        token by token), metrics, timings and samples of every validation.
 Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
-from pipeline.errors import UserError
 from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
-from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.progress import progress
 from pipeline.storage import read_jsonl
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedTokenizerFast
 
     from pipeline.ppo.experience import Roles
     from pipeline.ppo.trainer import PPOTrainer
@@ -44,7 +42,8 @@ class Config(StageConfig):
     updates: int = 60
     """Updates: one rollout and its optimisation each."""
     prompts_per_update: int = 128
-    """Prompts of one rollout, over all processes."""
+    """Responses of one rollout, over all processes; each has a prompt of its own unless
+    advantage.responses_per_prompt says otherwise."""
     minibatch_size: int = 32
     """Responses of one optimizer step, over all processes; divides prompts_per_update."""
     microbatch_size: int = 32
@@ -60,7 +59,9 @@ class Config(StageConfig):
     kl: KL = field(default_factory=KL)
     """The KL penalty."""
     reward: Reward = field(default_factory=Reward)
-    """Scores, rewards and advantages."""
+    """Scores and rewards."""
+    advantage: Advantage = field(default_factory=Advantage)
+    """What a response is held against."""
     optimisation: Optimisation = field(default_factory=Optimisation)
     """Losses and steps of one update."""
     validate_every: int = 10
@@ -94,6 +95,11 @@ class Config(StageConfig):
             f"{self.prompts_per_update}",
         )
         require(
+            self.prompts_per_update % self.advantage.responses_per_prompt == 0,
+            f"advantage.responses_per_prompt: {self.advantage.responses_per_prompt} does not "
+            f"divide prompts_per_update {self.prompts_per_update}",
+        )
+        require(
             self.prompts_per_update >= self.num_processes,
             f"prompts_per_update: {self.prompts_per_update} is less than the processes",
         )
@@ -125,31 +131,21 @@ class Config(StageConfig):
             precision=precision,
             kl=self.kl,
             reward=self.reward,
+            advantage=self.advantage,
             optimisation=self.optimisation,
         )
 
 
-def read_prompts(
-    folder: Path, *, split: str, tokenizer: "PreTrainedTokenizerFast", max_tokens: int
-) -> tuple[list[list[int]], int]:
-    """Returns a split's prompts as token ids, and how many were dropped as too long."""
-    from pipeline.data.formats import read_rows
-    from pipeline.tokenizer import encode_prompt
-
-    rows = read_rows(folder, "prompts", split=split)
-    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    kept = [tokens for tokens in encoded if len(tokens) <= max_tokens]
-    if not kept:
-        raise UserError(
-            f"{folder}: none of the {len(rows)} {split} prompts has at most {max_tokens} tokens; "
-            "raise max_prompt_tokens"
-        )
-    return kept, len(encoded) - len(kept)
-
-
-def load_roles(sft: Artifact, reward: Artifact, *, accelerator: "Accelerator") -> "Roles":
+def load_roles(
+    config: Config, sft: Artifact, reward: Artifact, *, accelerator: "Accelerator"
+) -> "Roles":
     """Returns policy and reference from sft, reward model and value model from reward."""
-    from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
+    from pipeline.models import (
+        load_causal_lm,
+        load_reward_model,
+        load_tokenizer,
+        take_raw_scores,
+    )
     from pipeline.ppo.experience import Roles
 
     require(
@@ -157,12 +153,17 @@ def load_roles(sft: Artifact, reward: Artifact, *, accelerator: "Accelerator") -
         f"{reward.path} has another tokenizer than {sft.path}. Run: make reward FORCE=1",
     )
     device = accelerator.device
-    return Roles(
+    value = load_reward_model(reward.path) if config.advantage.needs_value_model else None
+    roles = Roles(
         policy=load_causal_lm(sft.path).to(device),
         reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
         reward_model=load_reward_model(reward.path).to(device).requires_grad_(False),
-        value=load_reward_model(reward.path).to(device),
+        value=None if value is None else value.to(device),
     )
+    if not config.reward.normalise:
+        for model in filter(None, (roles.reward_model, roles.value)):
+            take_raw_scores(model)
+    return roles
 
 
 def load_watch(config: Config, parents: dict[str, Artifact], *, device: Any) -> Watch | None:
@@ -185,25 +186,33 @@ def build_trainer(
 ) -> "tuple[PPOTrainer, Validation, dict[str, Any]]":
     """Returns the trainer, the validation, and what was counted on the way."""
     from pipeline.models import choose_precision, load_tokenizer
+    from pipeline.ppo.inputs import read_prompts, read_text
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.ppo.validation import Validation
 
     tokenizer = load_tokenizer(parents["sft"].path)
-    roles = load_roles(parents["sft"], parents["reward"], accelerator=accelerator)
+    roles = load_roles(config, parents["sft"], parents["reward"], accelerator=accelerator)
     context = roles.policy.config.max_position_embeddings
     longest = config.max_prompt_tokens + config.max_response_tokens
     require(
         longest <= context,
         f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
     )
+    data = parents["data"].path
     splits = {
         split: read_prompts(
-            parents["data"].path,
-            split=split,
-            tokenizer=tokenizer,
-            max_tokens=config.max_prompt_tokens,
+            data, split=split, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
         )
         for split in ("train", "validation")
+    }
+    wanted = {
+        "train": config.optimisation.ptx_coef > 0,
+        "validation": (data / "text-validation.parquet").is_file(),
+    }
+    text = {
+        split: read_text(data, split=split, tokenizer=tokenizer, length=longest)
+        for split, needed in wanted.items()
+        if needed
     }
     trainer = PPOTrainer(
         roles,
@@ -212,12 +221,14 @@ def build_trainer(
         accelerator=accelerator,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
+        text=text.get("train"),
     )
     validation = Validation(
         trainer,
         splits["validation"][0][: config.validation_prompts],
         tokenizer=tokenizer,
         watch=load_watch(config, parents, device=accelerator.device),
+        text=text.get("validation"),
     )
     counts = {f"prompts_dropped_{split}": dropped for split, (_, dropped) in splits.items()}
     return trainer, validation, counts
@@ -259,15 +270,16 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
 
 
 def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> None:
-    """Writes the policy with its tokenizer, and the critic."""
+    """Writes the policy with its tokenizer, and the critic where there is one."""
     from pipeline.models import load_tokenizer
 
     if stage.is_main:
         tokenizer = load_tokenizer(sft.path)
         trainer.roles.policy.save_pretrained(stage.path)
         tokenizer.save_pretrained(stage.path)
-        trainer.roles.value.save_pretrained(stage.path / "value")
-        tokenizer.save_pretrained(stage.path / "value")
+        if trainer.roles.value is not None:
+            trainer.roles.value.save_pretrained(stage.path / "value")
+            tokenizer.save_pretrained(stage.path / "value")
 
 
 def card(config: Config, first: dict[str, float], last: dict[str, float], *, updates: int) -> str:

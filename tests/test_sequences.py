@@ -2,7 +2,14 @@
 
 import torch
 
-from pipeline.sequences import collate, pad_tokens, response_logits, response_logprobs
+from pipeline.sequences import (
+    chosen_logprobs,
+    collate,
+    pad_tokens,
+    response_logits,
+    response_logprobs,
+    token_entropy,
+)
 from tests.support import assert_close, tiny_llama
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8]], [[9, 1], [10, 11, 12]]
@@ -24,13 +31,20 @@ def test_logprobs_are_those_of_each_row_alone():
     batch = collate(PROMPTS, RESPONSES, pad_id=0)
     with torch.no_grad():
         logprobs = response_logprobs(model, batch, temperature=0.7)
+        chosen = pad_tokens(chosen_logprobs(logprobs, batch), batch.response_mask)
         for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
             logits = model(torch.tensor([prompt + response])).logits[0] / 0.7
             for offset, token in enumerate(response):
                 position = len(prompt) + offset
                 expected = logits[position - 1].log_softmax(-1)[token]
-                assert_close(logprobs[row, position], expected)
-    assert bool((logprobs[~batch.response_mask] == 0).all())
+                assert_close(chosen[row, position], expected)
+    assert bool((chosen[~batch.response_mask] == 0).all())
+
+
+def test_entropy_by_hand():
+    # (1/2, 1/2): ln 2 = 0.69315; (1/4, 3/4): ln(4)/4 + 3/4 ln(4/3) = 0.56234
+    logprobs = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).double().log()
+    assert_close(token_entropy(logprobs), [0.6931471805599453, 0.5623351446188083])
 
 
 def test_more_padding_changes_nothing():

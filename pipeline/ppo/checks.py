@@ -59,9 +59,9 @@ def check_step(
         UserError: a loss is not finite, or the ratio is wrong.
     """
     where = _named(rows)
-    for name in ("policy/loss", "value/loss"):
-        if not math.isfinite(metrics[name]):
-            raise UserError(f"{name} is {metrics[name]} ({where}); lower the learning rate")
+    for name, value in metrics.items():
+        if name.endswith("/loss") and not math.isfinite(value):
+            raise UserError(f"{name} is {value} ({where}); lower the learning rate")
     ratio = metrics["policy/ratio_mean"]
     if first_tolerance is not None and abs(ratio - 1.0) > first_tolerance:
         raise UserError(f"the first minibatch's mean ratio is {ratio:.4f}, not 1 ({where})")

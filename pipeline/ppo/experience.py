@@ -10,7 +10,14 @@ from torch import Tensor
 
 from pipeline.models import score_responses
 from pipeline.ppo.kl import k1
-from pipeline.sequences import Batch, collate, pad_tokens, response_logits
+from pipeline.sequences import (
+    Batch,
+    chosen_logprobs,
+    collate,
+    pad_tokens,
+    response_logprobs,
+    token_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -19,15 +26,16 @@ class Roles:
 
     Attributes:
         policy: causal LM being trained.
-        reference: the frozen SFT model.
+        reference: the SFT model, frozen; moved between updates where settings say so.
         reward_model: frozen sequence classifier with normalisation constants.
-        value: sequence classifier started from the reward model, being trained.
+        value: sequence classifier started from the reward model, being trained; None for
+            advantages that need no critic.
     """
 
     policy: Any
     reference: Any
     reward_model: Any
-    value: Any
+    value: Any | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Experience:
         mask: True on response tokens.
         logprobs: log pi at the time of sampling, 0 outside the mask.
         ref_logprobs: log pi_ref, 0 outside the mask.
-        values: value of the state before each token, 0 outside the mask.
+        values: value of the state before each token, 0 outside the mask and without a critic.
         entropy: entropy of pi at each token in nats, 0 outside the mask.
         scores: the reward model's normalised score of each response.
         ended: True where the response holds its EOS.
@@ -66,6 +74,17 @@ class Experience:
     def kl(self) -> Float[Tensor, "batch time"]:
         """The k1 estimate of each token's KL, 0 outside the mask."""
         return k1(self.logprobs, self.ref_logprobs)
+
+
+@torch.no_grad()
+def move_reference(roles: Roles, *, rate: float) -> None:
+    """Moves the reference towards the policy: ref <- (1 - rate) ref + rate policy.
+
+    Gorbatovski et al. 2024, eq. 4 and 5.
+    """
+    pairs = zip(roles.reference.parameters(), roles.policy.parameters(), strict=True)
+    for ours, theirs in pairs:
+        ours.lerp_(theirs, rate)
 
 
 def length_mask(responses: Sequence[Sequence[int]]) -> Bool[Tensor, "batch time"]:
@@ -123,14 +142,16 @@ def measure(
 
 
 def _measure_batch(roles: Roles, batch: Batch, *, temperature: float) -> dict[str, Tensor]:
-    tokens = batch.input_ids[batch.response_mask][:, None]
-    logprobs = response_logits(roles.policy, batch, temperature=temperature).log_softmax(dim=-1)
-    reference = response_logits(roles.reference, batch, temperature=temperature)
+    logprobs = response_logprobs(roles.policy, batch, temperature=temperature)
+    reference = response_logprobs(roles.reference, batch, temperature=temperature)
+    chosen = chosen_logprobs(logprobs, batch)
     return {
-        "logprobs": logprobs.gather(1, tokens)[:, 0],
-        "ref_logprobs": reference.log_softmax(dim=-1).gather(1, tokens)[:, 0],
-        "values": token_values(roles.value, batch),
-        "entropy": -(logprobs.exp() * logprobs).sum(dim=-1),
+        "logprobs": chosen,
+        "ref_logprobs": chosen_logprobs(reference, batch),
+        "values": torch.zeros_like(chosen)
+        if roles.value is None
+        else token_values(roles.value, batch),
+        "entropy": token_entropy(logprobs),
     }
 
 

@@ -19,10 +19,20 @@ def k1(
     return logprobs - ref_logprobs
 
 
+def k2(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Returns (log pi - log pi_ref)^2 / 2: biased for the KL, its gradient is not.
+
+    Schulman 2020, "Approximating KL divergence".
+    """
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
 def k3(
     logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Returns r - 1 - log r with r = pi_ref / pi: unbiased as k1 and never negative; for logging.
+    """Returns r - 1 - log r with r = pi_ref / pi: unbiased as k1 and never negative.
 
     Schulman 2020, "Approximating KL divergence".
     """

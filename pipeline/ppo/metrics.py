@@ -1,6 +1,6 @@
 """The metrics of an update, over the rows of all processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +9,9 @@ from pipeline.ppo.advantages import sequence_sum, token_mean
 from pipeline.ppo.experience import Experience
 from pipeline.ppo.kl import k3
 from pipeline.ppo.losses import Loss
+
+MOMENTS = {"policy/ratio": "policy/ratio_mean", "policy/ratio_squared": "policy/ratio_var"}
+"""Sums whose metric has another name: mean and, less the mean's square, variance."""
 
 
 def objective(
@@ -39,25 +42,27 @@ def objective(
     }
 
 
-def named_sums(group: str, loss: Loss) -> dict[str, float]:
-    """Returns a micro-batch's sums under the names of their metrics."""
-    named = {f"{group}/{name}": value for name, value in loss.sums.items()}
-    return {**named, f"{group}/loss": float(loss.value.detach())}
+def named_sums(losses: Mapping[str, Loss]) -> dict[str, float]:
+    """Returns a micro-batch's share of every loss, and its sums, under the names of metrics."""
+    named: dict[str, float] = {}
+    for group, loss in losses.items():
+        named[f"{group}/loss"] = float(loss.value.detach())
+        named |= {f"{group}/{name}": value for name, value in loss.sums.items()}
+    return named
 
 
-def step_metrics(parts: Sequence[dict[str, float]], *, num_tokens: int) -> dict[str, float]:
-    """Returns a minibatch's metrics from the sums of its micro-batches on all processes."""
-    sums = {name: sum(part[name] for part in parts) for name in parts[0]}
-    ratio = sums["policy/ratio"] / num_tokens
-    return {
-        "policy/loss": sums["policy/loss"],
-        "policy/approx_kl": sums["policy/approx_kl"] / num_tokens,
-        "policy/clip_frac": sums["policy/clip_frac"] / num_tokens,
-        "policy/ratio_mean": ratio,
-        "policy/ratio_var": sums["policy/ratio_squared"] / num_tokens - ratio**2,
-        "value/loss": sums["value/loss"],
-        "value/clip_frac": sums["value/clip_frac"] / num_tokens,
-    }
+def step_metrics(parts: Sequence[Mapping[str, float]], *, num_tokens: int) -> dict[str, float]:
+    """Returns a minibatch's metrics from the sums of its micro-batches on all processes.
+
+    Losses were divided by the minibatch's tokens before; what else was summed is divided here.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    metrics: dict[str, float] = {}
+    for name in names:
+        total = sum(part.get(name, 0.0) for part in parts)
+        metrics[MOMENTS.get(name, name)] = total if name.endswith("/loss") else total / num_tokens
+    metrics["policy/ratio_var"] -= metrics["policy/ratio_mean"] ** 2
+    return metrics
 
 
 def explained_variance(values: Float[Tensor, " token"], returns: Float[Tensor, " token"]) -> float:

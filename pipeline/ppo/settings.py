@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from pipeline.config import require
 
+PENALTIES = ("k1_in_reward", "k2_in_loss", "k3_in_loss")
+ESTIMATORS = ("gae", "rloo", "grpo", "reinforce")
+
 
 @dataclass(frozen=True, kw_only=True)
 class KL:
@@ -19,6 +22,14 @@ class KL:
     """Episodes over which the adaptive coefficient can change by about 20%."""
     length_compensation: float = 0.0
     """Share of the mean KL per token that every token gets back; 1: length costs nothing."""
+    penalty: str = "k1_in_reward"
+    """Where the penalty acts: k1_in_reward (each token answers for the rest of the response), or
+    k2_in_loss or k3_in_loss (each token for itself); the coefficients are not comparable."""
+    reference_rate: float = 0.0
+    """Share of the policy mixed into the reference every `reference_every` updates: 0 keeps the
+    SFT model, 1 replaces it (periodic), between is a moving average. The KL is to what moved."""
+    reference_every: int = 1
+    """Updates between two moves of the reference."""
 
     def __post_init__(self) -> None:
         require(self.coef >= 0, f"kl.coef: must be at least 0, got {self.coef}")
@@ -30,12 +41,32 @@ class KL:
         require(self.horizon > 0, f"kl.horizon: must be positive, got {self.horizon}")
         share = self.length_compensation
         require(0 <= share <= 1, f"kl.length_compensation: must be between 0 and 1, got {share}")
+        require(
+            self.penalty in PENALTIES,
+            f"kl.penalty: must be one of {', '.join(PENALTIES)}, got {self.penalty!r}",
+        )
+        require(
+            0 <= self.reference_rate <= 1,
+            f"kl.reference_rate: must be between 0 and 1, got {self.reference_rate}",
+        )
+        require(
+            self.reference_every >= 1,
+            f"kl.reference_every: must be at least 1, got {self.reference_every}",
+        )
+
+    @property
+    def in_loss(self) -> str | None:
+        """The estimator that stands in the loss; None when the penalty is in the reward."""
+        return None if self.penalty == "k1_in_reward" else self.penalty.removesuffix("_in_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
     """How a response's score enters its reward."""
 
+    normalise: bool = True
+    """Scores by the reward model's constants; false takes them raw, and all that is said of scores
+    here and in the metrics is then in raw units."""
     missing_eos_score: float | None = -1.0
     """Normalised score of a response that never ended; null keeps the reward model's."""
     clip: float = 0.0
@@ -43,15 +74,54 @@ class Reward:
     whiten: bool = False
     """Divides the token rewards by their standard deviation, without shifting the mean."""
     gamma: float = 1.0
-    """Discount per token."""
+    """Discount per token, of gae and reinforce."""
     lam: float = 0.95
     """Trace decay of generalised advantage estimation."""
 
     def __post_init__(self) -> None:
         require(self.clip >= 0, f"reward.clip: must be at least 0, got {self.clip}")
+        require(
+            self.normalise or self.clip == 0,
+            f"reward.clip: only normalised scores are clipped; set it to 0, not {self.clip}",
+        )
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"reward.{name}: must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantage:
+    """What a response is held against."""
+
+    estimator: str = "gae"
+    """gae: the value model. Without one: rloo (mean of the other responses to the prompt), grpo
+    (mean and deviation of all of them), reinforce (a running mean over updates)."""
+    responses_per_prompt: int = 1
+    """Responses to each prompt of a rollout, in adjacent rows; divides prompts_per_update, which
+    counts responses. rloo and grpo need at least 2."""
+    baseline_decay: float = 0.9
+    """Share of the past that reinforce's running mean keeps at every update."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.estimator in ESTIMATORS,
+            f"advantage.estimator: must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}",
+        )
+        fewest = 2 if self.estimator in ("rloo", "grpo") else 1
+        require(
+            self.responses_per_prompt >= fewest,
+            f"advantage.responses_per_prompt: {self.estimator} needs at least {fewest}, "
+            f"got {self.responses_per_prompt}",
+        )
+        require(
+            0 <= self.baseline_decay < 1,
+            f"advantage.baseline_decay: must be in [0, 1), got {self.baseline_decay}",
+        )
+
+    @property
+    def needs_value_model(self) -> bool:
+        """Whether a critic is trained."""
+        return self.estimator == "gae"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +136,18 @@ class Optimisation:
     """Passes over the rollout in one update, each in a new order."""
     clip: float = 0.2
     """The policy's ratio is trusted within [1 - clip, 1 + clip]."""
+    clip_high: float | None = None
+    """The upper end is 1 + clip_high; null takes clip."""
+    dual_clip: float | None = None
+    """Ratio beyond which a token of negative advantage weighs no more, above 1; null: no bound."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy per token; 0 leaves it out."""
+    ptx_coef: float = 0.0
+    """Weight of a language-model loss on rows of the pretraining text, as many to a step as
+    responses (PPO-ptx); 0 leaves it out."""
+    target_kl: float | None = None
+    """An update ends before a minibatch whose KL from the sampling policy, in nats a token,
+    exceeds this; null never ends it."""
     value_clip: float = 0.2
     """How far a value may move in one update before its gradient stops."""
     value_coef: float = 0.1
@@ -79,6 +161,19 @@ class Optimisation:
         for name in ("learning_rate", "value_learning_rate", "epochs", "clip", "value_clip"):
             value = getattr(self, name)
             require(value > 0, f"optimisation.{name}: must be positive, got {value}")
+        for name in ("clip_high", "target_kl"):
+            value = getattr(self, name)
+            require(
+                value is None or value > 0,
+                f"optimisation.{name}: must be positive or null, got {value}",
+            )
+        for name in ("entropy_coef", "ptx_coef"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimisation.{name}: must be at least 0, got {value}")
+        require(
+            self.dual_clip is None or self.dual_clip > 1,
+            f"optimisation.dual_clip: must be above 1 or null, got {self.dual_clip}",
+        )
         require(
             self.value_coef > 0,
             f"optimisation.value_coef: must be positive, got {self.value_coef}",
@@ -103,4 +198,5 @@ class Settings:
     precision: str
     kl: KL
     reward: Reward
+    advantage: Advantage
     optimisation: Optimisation

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
@@ -35,7 +38,10 @@ class Validation:
         *,
         tokenizer: "PreTrainedTokenizerFast",
         watch: Watch | None = None,
+        text: Int[Tensor, "row time"] | None = None,
     ) -> None:
+        """Takes prompts, and text whose first rows, one a prompt, show the alignment tax."""
+        self.text = None if text is None else text[: len(prompts)]
         self.trainer, self.prompts, self.tokenizer = trainer, list(prompts), tokenizer
         self.watch = watch
         self.looks: dict[int, dict[str, float]] = {}
@@ -70,6 +76,8 @@ class Validation:
             )
             if self.watch.best == update and stage.is_main:
                 keep_best(trainer, tokenizer=self.tokenizer, folder=stage.path / BEST)
+        if self.text is not None:
+            metrics["validation/text_perplexity"] = trainer.text_perplexity(self.text)
         self.looks[update] = metrics
         rows = zip(self.prompts, texts, experience.scores.tolist(), strict=True)
         stage.log_samples(

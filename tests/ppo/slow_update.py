@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from pipeline.ppo.trainer import PPOTrainer, _permutation
+from pipeline.ppo.order import permutation
+from pipeline.ppo.trainer import PPOTrainer
 from tests.ppo import reference
 
 BETAS, EPSILON = (0.9, 0.999), 1e-5
@@ -128,7 +129,7 @@ class SlowPPO:
         settings, result = self.settings, []
         size, part = settings.prompts_per_update, settings.minibatch_size
         for epoch in range(settings.optimisation.epochs):
-            order = _permutation(settings.seed, "minibatches", number, epoch, size=size).tolist()
+            order = permutation(settings.seed, "minibatches", number, epoch, size=size).tolist()
             result += [order[start : start + part] for start in range(0, size, part)]
         return result
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import models
-from pipeline.ppo import experience
+from pipeline.ppo import experience, optimiser
 from pipeline.ppo import trainer as module
 from pipeline.sequences import Batch, collate
 from tests.ppo.company import Company
@@ -98,7 +98,7 @@ def padded(prompts, responses, *, pad_id, left, right):
 @both_precisions
 @pytest.mark.parametrize(("left", "right"), [(0, 5), (4, 0), (3, 2)])
 def test_padding(left, right, double, monkeypatch):
-    for place in (module, experience):
+    for place in (optimiser, experience):
         more = functools.partial(padded, left=left, right=right)
         monkeypatch.setattr(place, "collate", more)
     # the score is read at the last real token of a row that its own collate padded on the right
@@ -108,20 +108,20 @@ def test_padding(left, right, double, monkeypatch):
 
 @both_precisions
 def test_the_order_of_rows(double, monkeypatch):
-    permutation = module._permutation
+    permutation = optimiser.permutation
     place = torch.tensor(SHUFFLED).argsort().numpy()  # where the shuffled rollout holds each row
 
     def same_minibatches(*args, size):
         return place[permutation(*args, size=size)]
 
-    monkeypatch.setattr(module, "_permutation", same_minibatches)
+    monkeypatch.setattr(optimiser, "permutation", same_minibatches)
     same(updated(double=double, order=SHUFFLED), double=double)
 
 
 @both_precisions
 def test_gradient_checkpointing(double):
     ppo, forwards = prepared(double=double), []
-    for model in ppo.models.values():
+    for model in ppo.optimiser.models.values():
         model.activation_checkpointing_enable()
         model.train()  # transformers recomputes in training mode only; dropout is 0 here
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -137,10 +137,11 @@ def test_gradient_checkpointing(double):
 def test_processes(size, double, monkeypatch):
     plain(double)  # by one process, before there is company
     company = Company(size)
-    monkeypatch.setattr(module, "distributed", company)
+    for place in (module, optimiser):
+        monkeypatch.setattr(place, "distributed", company)
     ranks = [prepared(double=double) for _ in range(size)]
     for ppo in ranks:
-        ppo.accelerator = company
+        ppo.optimiser.accelerator = company
     company.work(lambda rank: ranks[rank].update(0))
     for ppo in ranks:
         same(weights(ppo), double=double)

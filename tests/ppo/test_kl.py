@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ppo.kl import AdaptiveController, FixedController, compensated, full_kl, k1, k3
+from pipeline.ppo.kl import AdaptiveController, FixedController, compensated, full_kl, k1, k2, k3
 from tests.support import assert_close
 
 
@@ -33,6 +33,10 @@ def test_compensation_gives_back_a_share_of_the_mean_kl_per_token():
     assert_close(compensated(kl, mask, share=0.0), [[0.3, 0.5, 0.0], [0.4, 0.0, 0.0]])
     assert_close(compensated(kl, mask, share=1.0), [[-0.1, 0.1, 0.0], [0.0, 0.0, 0.0]])
     assert_close(compensated(kl, mask, share=0.5), [[0.1, 0.3, 0.0], [0.2, 0.0, 0.0]])
+
+
+def test_k2_by_hand():
+    assert_close(k2(torch.tensor([0.0]).double(), torch.tensor([-3.0]).double()), [4.5])
 
 
 def test_full_kl_by_hand():

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.ppo.experience import Experience, Roles, length_mask
-from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.trainer import Outcome, PPOTrainer
 from tests.support import tiny_llama, tiny_reward_model
 
@@ -60,6 +60,7 @@ def settings(**changes: Any) -> Settings:
     groups = {
         "kl": KL(coef=0.1, controller="fixed"),
         "reward": Reward(),
+        "advantage": Advantage(),
         "optimisation": Optimisation(
             learning_rate=3e-3, value_learning_rate=3e-3, epochs=2, max_grad_norm=10.0
         ),
@@ -77,21 +78,28 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{**fields, **groups, **changes})
 
 
-def trainer(*, double: bool = False, reward_model: Any = None, **changes: Any) -> PPOTrainer:
+def trainer(
+    *,
+    double: bool = False,
+    reward_model: Any = None,
+    text: torch.Tensor | None = None,
+    **changes: Any,
+) -> PPOTrainer:
     """A trainer of tiny models; the policy starts as a copy of the reference."""
+    chosen = settings(**changes)
     reference, reward = tiny_llama(), tiny_reward_model()
-    value = copy.deepcopy(reward)
-    roles = Roles(copy.deepcopy(reference), reference, reward_model or reward, value)
     if double:
-        for model in (roles.policy, roles.reference, roles.reward_model, roles.value):
-            model.double()
+        reference, reward = reference.double(), reward.double()
+    value = copy.deepcopy(reward) if chosen.advantage.needs_value_model else None
+    roles = Roles(copy.deepcopy(reference), reference, reward_model or reward, value)
     return PPOTrainer(
         roles,
         PROMPTS,
-        settings=settings(**changes),
+        settings=chosen,
         accelerator=Accelerator(cpu=True),
         eos_id=EOS,
         pad_id=PAD,
+        text=text,
     )
 
 
@@ -116,6 +124,6 @@ def invented_outcome(num_rows: int) -> Outcome:
 
 
 def weights(trainer: PPOTrainer) -> torch.Tensor:
-    """All weights of policy and value model in one vector."""
-    models = trainer.models.values()
+    """All weights of the trained models in one vector."""
+    models = trainer.optimiser.models.values()
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])

@@ -1,6 +1,8 @@
 """The ppo stage on made-up data and tiny random models: what it writes, refuses and resumes."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,69 @@ def test_an_interrupted_stage_ends_in_the_same_bytes(finished, run_folder, monke
     assert open_artifact(finished, kind="causal-lm").content["files"] == expected
 
 
+OPTIONS = {
+    "rloo": ["--advantage.estimator=rloo", "--advantage.responses_per_prompt=4"],
+    "grpo": [
+        "--advantage.estimator=grpo", "--advantage.responses_per_prompt=2",
+        "--kl.penalty=k3_in_loss",
+    ],
+    "reinforce": ["--advantage.estimator=reinforce", "--kl.controller=fixed"],
+    "raw": ["--reward.normalise=false", "--kl.penalty=k2_in_loss"],
+    "reference": ["--kl.reference_rate=0.5", "--kl.reference_every=2"],
+    "losses": [
+        "--optimisation.ptx_coef=0.5", "--optimisation.entropy_coef=0.01",
+        "--optimisation.clip_high=0.3", "--optimisation.dual_clip=3.0",
+        "--optimisation.target_kl=0.5",
+    ],
+}  # fmt: skip
+CRITICLESS = {"rloo", "grpo", "reinforce"}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_makes_a_whole_folder(run_folder, tmp_path, name):
+    run = copy_parents(run_folder, tmp_path / "run")
+    assert ppo.main(words(run, *OPTIONS[name], "--updates=2")) == 0
+    folder = open_artifact(run / "ppo", kind="causal-lm").path
+    assert (folder / "value").exists() == (name not in CRITICLESS)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = {key for row in rows for key in row}
+    assert ("value/loss" in names) == (name not in CRITICLESS)
+    assert ("kl/loss" in names) == (name in {"grpo", "raw"})
+    assert {"ptx/loss", "entropy/loss", "optim/steps"} <= names or name != "losses"
+    assert (folder / "checkpoints/step-2/reference").is_dir() == (name == "reference")
+    assert all(row["validation/text_perplexity"] > 1 for row in rows if "validation/kl" in row)
+    if name == "raw":
+        config = json.loads((folder / "value/config.json").read_text())
+        assert (config["reward_mean"], config["reward_std"]) == (0.0, 1.0)
+
+
+def test_prompts_may_be_conversations_of_several_turns(run_folder, tmp_path):
+    from pipeline.models import load_tokenizer
+    from pipeline.ppo.inputs import read_prompts
+
+    run = tmp_path / "run"
+    start = ["--recipe=smoke", f"--run={run}", "--tracking=none"]
+    assert data.main([*start, "--chats.context_turns=3"]) == 0
+    assert tokenizer.main(start) == 0
+    make_models(run)
+    ours = load_tokenizer(run / "tokenizer")
+    prompts, _ = read_prompts(run / "data", split="train", tokenizer=ours, max_tokens=200)
+    roles = [ours.convert_tokens_to_ids(f"<|{name}|>") for name in ("user", "assistant")]
+    turns = [[token for token in prompt if token in roles] for prompt in prompts]
+    assert max(len(turn) for turn in turns) == 4  # user, assistant, user, and the reply to come
+    for turn in turns:
+        assert turn[::-1] == [roles[(index + 1) % 2] for index in range(len(turn))]
+    assert ppo.main(words(run, "--updates=1", "--max_prompt_tokens=48")) == 0
+    samples = (run / "ppo/samples.jsonl").read_text()
+    assert samples.count("<|user|>") > samples.count('"response"')
+
+
+def copy_parents(source: Path, run: Path) -> Path:
+    for stage in ("data", "tokenizer", "sft", "reward"):
+        shutil.copytree(source / stage, run / stage)
+    return run
+
+
 def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
     from pipeline import models
 
@@ -138,7 +203,7 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
         name: open_artifact(run_folder / name, kind=kind) for name, kind in ppo.PARENTS.items()
     }
     with pytest.raises(UserError, match="reward has another tokenizer than .*sft.* make reward"):
-        ppo.load_roles(parents["sft"], parents["reward"], accelerator=ppo.setup(config))
+        ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
 
 
 def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
@@ -175,6 +240,7 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
         ("--kl.length_compensation=2", "kl.length_compensation: must be between 0 and 1, got 2"),
         ("--reward.clip=-1", "reward.clip: must be at least 0"),
         ("--reward.lam=1.5", "reward.lam: must be between 0 and 1"),
+        ("--advantage.responses_per_prompt=3", "3 does not divide prompts_per_update 16"),
         ("--optimisation.epochs=0", "optimisation.epochs: must be positive"),
         ("--optimisation.value_coef=0", "optimisation.value_coef: must be positive"),
         ("--optimisation.max_grad_norm=0", "optimisation.max_grad_norm: must be positive"),
@@ -182,12 +248,7 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(run_folder, tmp_path, caplog, word, message):
-    import re
-    import shutil
-
-    run = tmp_path / "run"
-    for stage in ("data", "tokenizer", "sft", "reward"):
-        shutil.copytree(run_folder / stage, run / stage)
+    run = copy_parents(run_folder, tmp_path / "run")
     assert ppo.main(words(run, word)) == 2
     line = caplog.records[-1].getMessage()
     assert re.search(message, line), line
