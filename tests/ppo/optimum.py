@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.ppo.experience import Roles
-from pipeline.ppo.settings import KL, Optimisation, Reward, Settings
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.trainer import PPOTrainer
 
 VOCABULARY, CONTEXT, EOS, PAD = 5, 7, 1, 0
@@ -103,7 +103,8 @@ class World:
         return Settings(
             seed=self.seed, updates=self.updates, prompts_per_update=128, minibatch_size=64,
             microbatch_size=64, max_response_tokens=self.budget, temperature=TEMPERATURE,
-            precision="fp32", kl=self.kl, reward=self.reward, optimisation=self.optimisation,
+            precision="fp32", kl=self.kl, reward=self.reward, advantage=Advantage(),
+            optimisation=self.optimisation,
         )  # fmt: skip
 
     def responses(self) -> list[list[int]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.ppo.advantages import RunningBaseline, grpo, reinforce, rloo
 from pipeline.ppo.settings import Advantage
-from tests.ppo.test_advantages import ragged
+from tests.ppo.ragged import Ragged
 from tests.ppo.worlds import PROMPTS, trainer, weights
 from tests.support import assert_close
 
@@ -45,7 +45,8 @@ def test_reinforce_by_hand():
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), group=st.sampled_from([2, 3]), gamma=st.floats(0.0, 1.0))
 def test_estimators_agree_with_loops(seed, group, gamma):
-    (rewards, _), mask = ragged(seed, rows=6)
+    batch = Ragged(seed, rows=6)
+    rewards, mask = batch.draw(), batch.mask
     lengths = mask.sum(dim=1).tolist()
     rows = [[float(rewards[i, t]) for t in range(lengths[i])] for i in range(6)]
     totals = [sum(row) for row in rows]

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.ppo.kl import full_kl
 from pipeline.ppo.losses import entropy_loss, kl_loss, policy_loss, text_loss
 from pipeline.ppo.settings import KL, Optimisation, Reward
-from tests.ppo.test_advantages import ragged
+from tests.ppo.ragged import Ragged
 from tests.ppo.test_losses import ONE, scalar
 from tests.support import assert_close
 
@@ -42,9 +42,9 @@ def test_asymmetric_and_dual_clip_by_hand(advantage, ratio, loss, gradient):
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_losses_and_their_gradients_agree_with_loops(seed):
-    (first, old), mask = ragged(seed)
-    reference = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed + 1)).double()
-    num_tokens = int(mask.sum())
+    batch = Ragged(seed)
+    first, old, reference = batch.draw(), batch.draw(), batch.draw()
+    mask, num_tokens = batch.mask, batch.num_tokens
     for estimator in ("k2", "k3"):
         new = torch.where(mask, first, 0.0).requires_grad_()
         loss = kl_loss(new, old, reference, mask, estimator=estimator, num_tokens=num_tokens)

@@ -169,7 +169,7 @@ def test_metrics_of_a_step_come_from_the_sums_of_its_parts(batch, cut):
         args = (logprobs[rows], old[rows], third[rows], mask[rows])
         policy = policy_loss(*args, clip=0.2, num_tokens=tokens)
         value = value_loss(*args, clip=0.2, num_tokens=tokens)
-        parts.append({**named_sums("policy", policy), **named_sums("value", value)})
+        parts.append(named_sums({"policy": policy, "value": value}))
     plain = [batch.rows(tensor) for tensor in (logprobs, old, third)]
     policy = reference.policy_loss(*plain, clip=0.2, num_tokens=tokens)
     value = reference.value_loss(*plain, clip=0.2, num_tokens=tokens)

@@ -211,7 +211,7 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
     parents = {
         name: open_artifact(run_folder / name, kind=kind) for name, kind in ppo.PARENTS.items()
     }
-    roles = ppo.load_roles(parents["sft"], parents["reward"], accelerator=ppo.setup(config))
+    roles = ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
     first = {name: next(model.parameters()) for name, model in vars(roles).items()}
     assert len({tensor.data_ptr() for tensor in first.values()}) == 4
     assert {name for name, tensor in first.items() if tensor.requires_grad} == {"policy", "value"}
