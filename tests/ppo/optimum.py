@@ -78,11 +78,15 @@ class Table(torch.nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One run: how long responses are, what they score, and how the trainer is set."""
+    """One run: how long responses are, what they score, and how the trainer is set.
+
+    A mean score other than 0 moves no optimum, and shows whatever pays or fines each token.
+    """
 
     seed: int = 1
     budget: int = 2
     kl: KL
+    mean_score: float = 0.0
     reward: Reward = KEEP_SCORES
     optimisation: Optimisation = RATES
     updates: int = 60
@@ -92,7 +96,9 @@ class World:
         reference = Table(outputs=VOCABULARY, seed=self.seed)
         scores, value = (Table(outputs=1, seed=self.seed + more) for more in (100, 200))
         with torch.no_grad():
-            scores.numbers.mul_(2.0).add_(0.5)  # normalised scores have deviation 1
+            scores.numbers.mul_(2.0).add_(
+                0.5 + 2.0 * self.mean_score
+            )  # deviation 1 when normalised
         return PPOTrainer(
             Roles(copy.deepcopy(reference), reference, reward_model or scores, value), PROMPTS,
             settings=self.settings(), accelerator=Accelerator(cpu=True), eos_id=EOS, pad_id=PAD,
@@ -225,8 +231,10 @@ TABLE: dict[str, dict[str, Any]] = {
     "2 token, target 0.2": {"kl": adaptive(0.2)},
     "2 token, target 0.4": {"kl": adaptive(0.4)},
     "2 token, no EOS scores -1": {"kl": fixed(1.0), "reward": Reward(missing_eos_score=-1.0)},
-    "2 token, whitened rewards": {
+    "2 token, beta 1.0, mean score 3": {"kl": fixed(1.0), "mean_score": 3.0},
+    "2 token, mean score 3, whitened": {
         "kl": fixed(1.0),
+        "mean_score": 3.0,
         "reward": Reward(missing_eos_score=None, whiten=True),
     },
 }

@@ -37,7 +37,7 @@ def test_every_response_is_listed_once():
     "world",
     [
         World(seed=1, budget=1, kl=fixed(0.5), updates=30),
-        World(seed=2, kl=fixed(1.0), updates=50),
+        World(seed=2, kl=fixed(1.0), mean_score=3.0, updates=50),
         World(seed=3, kl=fixed(1.0), reward=Reward(missing_eos_score=-1.0), updates=50),
     ],
     ids=["one token", "two tokens", "missing EOS"],
