@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -122,11 +123,13 @@ def test_other_command_line_settings_are_refused_saying_what_differs():
 
 def test_a_touched_yaml_or_parent_rebuilds():
     sft = make()
+    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
     os.utime("configs/cpu/sft.yaml")
     sft = make()
     make("reward", kind="reward", parents={"sft": sft})
     with pytest.raises(UpToDate):
         make("reward", kind="reward", parents={"sft": sft})
+    time.sleep(0.02)
     os.utime(sft.path / "manifest.json")
     make("reward", kind="reward", parents={"sft": sft})
 
