@@ -28,7 +28,7 @@ def test_best_of_two_of_three_by_hand():
     assert best_weights(np.array([[2.0, 3.0, 1.0]]), n=2)[0] == pytest.approx([1 / 3, 2 / 3, 0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(6)), st.integers(1, 6))
 def test_weights_are_shares_of_every_subset(order, n):
     scores = np.array([order], dtype=np.float64)

@@ -123,7 +123,7 @@ def swapped(row):
     return dataclasses.replace(row, sft=row.ppo, ppo=row.sft)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.integers(2, 25))
 def test_swapping_the_policies_mirrors_every_rate(seed, count):
     rows = records(count, draws=0, seed=seed)

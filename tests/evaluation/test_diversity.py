@@ -33,7 +33,7 @@ def test_more_bigrams_than_there_are_is_refused():
         distinct_2(bigrams(["a b"]), size=2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.data())
 def test_distinct_2_is_the_mean_over_every_subsample(times, data):
     counts = Counter({(str(i), str(i)): count for i, count in enumerate(times)})

@@ -61,7 +61,7 @@ def test_the_interval_covers_about_95_of_100_true_means():
     assert 0.90 <= inside / 200 <= 0.99
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=30), st.integers(0, 99))
 def test_a_win_rate_and_its_interval_lie_between_0_and_1(wins, seed):
     weights = resample([str(i) for i in range(len(wins))], samples=50, seed=seed)

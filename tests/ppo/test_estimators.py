@@ -42,7 +42,7 @@ def test_reinforce_by_hand():
     assert_close(advantages, [[2 * root, root], [0.0, 0.0]], tolerance=1e-7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), group=st.sampled_from([2, 3]), gamma=st.floats(0.0, 1.0))
 def test_estimators_agree_with_loops(seed, group, gamma):
     batch = Ragged(seed, rows=6)

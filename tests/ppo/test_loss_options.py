@@ -39,7 +39,7 @@ def test_asymmetric_and_dual_clip_by_hand(advantage, ratio, loss, gradient):
     assert result.sums["clip_frac"] == float(gradient == 0.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000))
 def test_losses_and_their_gradients_agree_with_loops(seed):
     batch = Ragged(seed)
