@@ -21,8 +21,8 @@ class KL:
     horizon: float = 10000.0
     """Episodes over which the adaptive coefficient can change by about 20%."""
     length_compensation: float = 0.0
-    """Share of the mean KL per token that a penalty in the reward gives back to every token; 1: length
-    costs nothing."""
+    """Share of the mean KL per token that a penalty in the reward gives back to every token; 1:
+    length costs nothing."""
     penalty: str = "k1_in_reward"
     """Where the penalty acts: k1_in_reward (each token answers for the rest of the response), or
     k2_in_loss or k3_in_loss (each token for itself); the coefficients are not comparable."""
