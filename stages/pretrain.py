@@ -143,8 +143,9 @@ def build_trainer(
     bf16: bool,
 ) -> "Trainer":
     """Returns Hugging Face's Trainer over the rows in the order they will be read."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
+    from pipeline.language_loss import LanguageModelTrainer
     from pipeline.optim import build_optimizer
 
     training = config.training
@@ -163,7 +164,7 @@ def build_trainer(
         world_size=world_size(),
         bf16=bf16,
     )
-    return Trainer(
+    return LanguageModelTrainer(
         model=model,
         args=TrainingArguments(**arguments, label_smoothing_factor=config.label_smoothing),
         train_dataset=[corpus.rows[row] for row in order],

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.data.formats import check_row, read_rows, texts_of
 from pipeline.errors import UserError
 from pipeline.reward.loss import comparisons, rater_targets
+from pipeline.reward.packing import pack_texts
 from pipeline.tokenizer import encode_prompt, encode_response
 
 if TYPE_CHECKING:
@@ -231,43 +232,31 @@ def pad_right(
 
 @dataclass(frozen=True, kw_only=True)
 class RankingCollator:
-    """Makes one batch of rankings: prompts, texts by length in microbatches, all comparisons.
+    """Makes one batch of rankings: texts packed into rows, and all comparisons.
 
-    Responses of similar length share a microbatch, so that little is padded, and a prompt that
-    many texts answer is held once. `labels` are the targets under the name by which the Trainer
-    counts what a loss is divided by, over gradient accumulation and over processes: one label is
-    one comparison.
+    `labels` are the targets under the name by which the Trainer counts what a loss is divided by,
+    over gradient accumulation and over processes: one label is one comparison.
     """
 
     pad_id: int
     """Token id of the padding."""
-    texts_per_forward: int
-    """Texts in one forward pass."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns prompts, microbatches of responses, and comparisons in their text order."""
-        prompts: dict[tuple[int, ...], int] = {}
+        """Returns packed rows, where each text ends in them, and comparisons of texts."""
+        prompts: list[list[int]] = []
         responses: list[list[int]] = []
-        answered, better, worse = [], [], []
+        better, worse = [], []
         for row in rows:
             better.append(row["better"] + len(responses))
             worse.append(row["worse"] + len(responses))
             for ids, start in zip(row["sequences"], row["starts"], strict=True):
-                answered.append(prompts.setdefault(tuple(ids[:start]), len(prompts)))
+                prompts.append(ids[:start])
                 responses.append(ids[start:])
-        order = sorted(range(len(responses)), key=lambda index: len(responses[index]))
-        place = torch.empty(len(order), dtype=torch.long)
-        place[torch.tensor(order)] = torch.arange(len(order))
-        size = self.texts_per_forward
-        chunks = [order[first : first + size] for first in range(0, len(order), size)]
+        packed = pack_texts(prompts, responses, pad_id=self.pad_id)
         return {
-            "prompts": pad_right(list(prompts), pad_id=self.pad_id),
-            "microbatches": [
-                pad_right([responses[index] for index in chunk], pad_id=self.pad_id)
-                | {"prompt": torch.tensor([answered[index] for index in chunk])}
-                for chunk in chunks
-            ],
-            "better": place[torch.cat(better)],
-            "worse": place[torch.cat(worse)],
+            "rows": packed.inputs(),
+            "last": packed.last,
+            "better": torch.cat(better),
+            "worse": torch.cat(worse),
             "labels": torch.cat([row["targets"] for row in rows]),
         }

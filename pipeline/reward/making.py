@@ -25,7 +25,13 @@ from pipeline.reward.held_out import held_out_report, rated_sets
 from pipeline.reward.report import pair_accuracy
 from pipeline.reward.settings import RewardConfig
 from pipeline.reward.summary import card, headline, summarise
-from pipeline.reward.training import RankingTrainer, add_dropout, raw_scores, reward_model_from
+from pipeline.reward.training import (
+    RankingTrainer,
+    add_dropout,
+    average_at_first,
+    raw_scores,
+    reward_model_from,
+)
 from pipeline.storage import write_json
 from pipeline.tokenizer import decode_response, encode_prompt
 from pipeline.training import row_order, trainer_arguments
@@ -103,6 +109,7 @@ def build_model(config: RewardConfig, sft: Path, *, pad_id: int) -> PreTrainedMo
         UserError: max_length is beyond the model's context.
     """
     model = reward_model_from(sft, pad_id=pad_id, seed=config.seed)
+    average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)
     context = getattr(model.config, "max_position_embeddings", config.max_length)
@@ -142,9 +149,7 @@ def build_trainer(
             lowercase_frac=config.lowercase_frac,
             seed=config.seed,
         ),
-        data_collator=RankingCollator(
-            pad_id=tokenizer.pad_token_id, texts_per_forward=config.texts_per_forward
-        ),
+        data_collator=RankingCollator(pad_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
         optimizers=(build_optimizer(model, training), None),
     )

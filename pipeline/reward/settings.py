@@ -42,8 +42,8 @@ class RewardConfig(StageConfig):
     """Share of the response tokens that are left out at random, others in every pass."""
     lowercase_frac: float = 0.0
     """Share of the responses that are read in lower case, others in every pass."""
-    texts_per_forward: int = 16
-    """Texts of one forward pass; a ranking is cut in the order of length, so that little pads."""
+    averaging_layers: int = 0
+    """Last layers that begin by averaging over the text: their queries start at zero."""
     report_gap: float = 0.5
     """Least difference of mean ratings of the pairs that held-out accuracy counts."""
     normalisation: Normalisation = field(default_factory=Normalisation)
@@ -62,9 +62,11 @@ class RewardConfig(StageConfig):
             self.labels in ("hard", "raters"),
             f"labels: must be hard or raters, got {self.labels!r}",
         )
-        for name in ("max_length", "texts_per_forward"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name}: must be at least 1, got {value}")
+        require(self.max_length >= 1, f"max_length: must be at least 1, got {self.max_length}")
+        require(
+            self.averaging_layers >= 0,
+            f"averaging_layers: must be at least 0, got {self.averaging_layers}",
+        )
         for name in ("dropout", "token_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, Trainer
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from pipeline.distributed import gather_objects, rank, world_size
@@ -41,7 +41,8 @@ class RankingTrainer(Trainer):
         Gradients are averaged over processes afterwards, so each process's sum is multiplied by
         their number.
         """
-        scores = ranking_scores(model, inputs)
+        head = self.accelerator.unwrap_model(model).score
+        scores = ranking_scores(model, inputs, head=head)
         loss = comparison_loss(
             scores, better=inputs["better"], worse=inputs["worse"], targets=inputs["labels"]
         )
@@ -53,34 +54,20 @@ class RankingTrainer(Trainer):
         return 0
 
 
-def ranking_scores(model: nn.Module, batch: Mapping[str, Any]) -> Float[Tensor, " text"]:
-    """Returns the raw score of every text in the order of the microbatches.
-
-    Each prompt is read once, with gradients, and its keys and values serve all texts that answer
-    it: the scores are those of prompt + response read together, for less than two thirds of the
-    work where 64 texts share a prompt.
+def ranking_scores(
+    model: nn.Module, batch: Mapping[str, Any], *, head: nn.Module
+) -> Float[Tensor, " text"]:
+    """Returns the raw score of every text, read at its last token.
 
     Args:
         model: sequence classifier, perhaps wrapped for several processes.
         batch: what `RankingCollator` returns.
+        head: the classifier's own, which turns a hidden state into a score.
     """
-    mask = batch["prompts"]["attention_mask"]
-    read = model(**batch["prompts"], use_cache=True).past_key_values
-    scores = []
-    for texts in batch["microbatches"]:
-        rows, ids = texts["prompt"], texts["input_ids"]
-        positions = mask.sum(dim=1)[rows, None] + torch.arange(ids.shape[1], device=ids.device)
-        output = model(
-            input_ids=ids,
-            attention_mask=torch.cat([mask[rows], texts["attention_mask"]], dim=1),
-            position_ids=positions,
-            past_key_values=DynamicCache(
-                [(layer.keys[rows], layer.values[rows]) for layer in read.layers]
-            ),
-            use_cache=True,
-        )
-        scores.append(output.logits[:, 0].float())
-    return torch.cat(scores)
+    output = model(**batch["rows"], output_hidden_states=True, use_cache=False)
+    rows, columns = batch["last"].unbind(dim=1)
+    scores: Tensor = head(output.hidden_states[-1][rows, columns])[:, 0]
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def reward_model_from(path: Path, *, pad_id: int, seed: int) -> PreTrainedModel:
@@ -126,6 +113,27 @@ def add_dropout(model: PreTrainedModel, *, probability: float) -> None:
 
     for layer in layers[0]:
         layer.register_forward_pre_hook(drop)
+
+
+def average_at_first(model: PreTrainedModel, *, layers: int) -> None:
+    """Sets the queries of the last layers to zero, so that they begin as means of what came before.
+
+    A token whose query is zero attends to all tokens before it alike. A score read at the last
+    token then starts as a function of the mean of the text, as a bag of words is, and training
+    leaves that only where the ratings ask for it.
+
+    Raises:
+        UserError: the model has fewer layers, or does not call its query projections q_proj.
+    """
+    named = [(n, m) for n, m in model.named_modules() if n.endswith("q_proj")]
+    if len(named) < layers:
+        raise UserError(
+            f"averaging_layers: {model.config.model_type} has {len(named)} layers with a q_proj, "
+            f"not {layers}; set it to 0"
+        )
+    for _, projection in named[len(named) - layers :]:
+        for parameter in projection.parameters():
+            nn.init.zeros_(parameter)
 
 
 @contextlib.contextmanager

@@ -154,26 +154,19 @@ def test_rankings_without_a_comparison_are_left_out():
     assert features(encoded(ranking(), sequences=[[[3, 1]] * 3]), min_gap=9.0, soft=False) == []
 
 
-def test_the_collator_sorts_by_length_and_keeps_comparisons_with_their_texts():
+def test_the_collator_keeps_comparisons_with_their_texts():
     pair = ranking(prompts=["p"] * 2, responses=["d", "e"], scores=[1.0, 0.0])
     texts_of = [[[3, 7, 7, 7, 1], [3, 8, 1], [3, 9, 9, 1]], [[4, 5, 1], [4, 6, 6, 6, 6, 1]]]
     rows = features(encoded(ranking(), pair, sequences=texts_of), min_gap=0.0, soft=False)
-    batch = RankingCollator(pad_id=0, texts_per_forward=2)(rows)
-    texts = [
-        ids[mask.bool()].tolist()
-        for micro in batch["microbatches"]
-        for ids, mask in zip(micro["input_ids"], micro["attention_mask"], strict=True)
-    ]
-    assert [len(text) for text in texts] == [2, 2, 3, 4, 5]
-    beaten = {
-        (texts[b][0], texts[w][0]) for b, w in zip(batch["better"], batch["worse"], strict=True)
-    }
-    assert beaten == {(7, 8), (9, 7), (9, 8), (5, 6)}
+    batch = RankingCollator(pad_id=0)(rows)
+    places = list(zip(batch["better"].tolist(), batch["worse"].tolist(), strict=True))
+    assert places == [(0, 1), (2, 0), (2, 1), (3, 4)]
     assert len(batch["labels"]) == 4
-    assert torch.equal(batch["microbatches"][1]["input_ids"][0], torch.tensor([9, 9, 1, 0]))
-    assert batch["prompts"]["input_ids"].tolist() == [[3], [4]]
-    answered = torch.cat([micro["prompt"] for micro in batch["microbatches"]])
-    assert answered.tolist() == [0 if text[0] > 6 else 1 for text in texts]
+    ends = batch["rows"]["input_ids"][tuple(batch["last"].unbind(dim=1))]
+    assert ends.tolist() == [1] * 5
+    before = batch["last"] - torch.tensor([0, 1])
+    words = batch["rows"]["input_ids"][tuple(before.unbind(dim=1))]
+    assert words.tolist() == [7, 8, 9, 5, 6]
 
 
 def varied(rate: float, *, seed: int = 1, lower: float = 0.0) -> list[dict[str, object]]:

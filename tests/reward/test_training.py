@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.reward import constants
+from pipeline.reward import constants, packing
 from pipeline.reward.baseline import bag_of_words_scores, sampled_pairs
 from pipeline.reward.constants import sample_replies, score_constants
 from pipeline.reward.data import Encoded, Ranking, RankingCollator, features
-from pipeline.reward.training import RankingTrainer, add_dropout, raw_scores, reward_model_from
+from pipeline.reward.training import (
+    RankingTrainer,
+    add_dropout,
+    average_at_first,
+    raw_scores,
+    reward_model_from,
+)
 from tests.support import assert_close, tiny_llama, tiny_reward_model
 
 TOKENS = SimpleNamespace(eos_token_id=1, pad_token_id=0)
@@ -45,10 +51,11 @@ def row(seed: int, *, num_texts: int) -> dict[str, object]:
     return features(one, min_gap=0.1, soft=False)[0]
 
 
-def loss_of(model, rows, *, texts_per_forward: int, num_processes: int = 1, comparisons: int):
+def loss_of(model, rows, *, num_processes: int = 1, comparisons: int):
     """What one process's compute_loss returns for its rows."""
-    batch = RankingCollator(pad_id=0, texts_per_forward=texts_per_forward)(rows)
-    process = SimpleNamespace(accelerator=SimpleNamespace(num_processes=num_processes))
+    batch = RankingCollator(pad_id=0)(rows)
+    accelerator = SimpleNamespace(num_processes=num_processes, unwrap_model=lambda model: model)
+    process = SimpleNamespace(accelerator=accelerator)
     return RankingTrainer.compute_loss(
         process, model, batch, num_items_in_batch=torch.tensor(comparisons)
     )
@@ -67,19 +74,19 @@ def slow_loss(model, rows) -> float:
     return sum(losses) / len(losses)
 
 
-def test_the_loss_is_the_mean_over_comparisons_however_texts_are_cut():
+@pytest.mark.parametrize("row_tokens", [1, 16, 192])
+def test_the_loss_is_the_mean_over_comparisons_however_texts_are_packed(monkeypatch, row_tokens):
+    monkeypatch.setattr(packing, "ROW_TOKENS", row_tokens)
     model, rows = tiny_reward_model().double(), [row(1, num_texts=5), row(2, num_texts=3)]
     total = sum(len(each["better"]) for each in rows)
-    expected = slow_loss(model, rows)
-    for texts_per_forward in (1, 3, 8):
-        found = loss_of(model, rows, texts_per_forward=texts_per_forward, comparisons=total)
-        assert_close(found, expected, tolerance=1e-6)
+    found = loss_of(model, rows, comparisons=total)
+    assert_close(found, slow_loss(model, rows), tolerance=1e-6)
 
 
 def test_the_gradient_flows_through_the_prompt_that_texts_share():
     model, rows = tiny_reward_model().double(), [row(1, num_texts=5), row(2, num_texts=3)]
     total = sum(len(each["better"]) for each in rows)
-    loss_of(model, rows, texts_per_forward=4, comparisons=total).backward()
+    loss_of(model, rows, comparisons=total).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     scores = [
@@ -95,11 +102,8 @@ def test_the_gradient_flows_through_the_prompt_that_texts_share():
 def test_two_processes_average_to_the_loss_of_one():
     model, rows = tiny_reward_model(), [row(1, num_texts=5), row(2, num_texts=3)]
     total = sum(len(each["better"]) for each in rows)
-    alone = loss_of(model, rows, texts_per_forward=4, comparisons=total)
-    parts = [
-        loss_of(model, [each], texts_per_forward=4, num_processes=2, comparisons=total)
-        for each in rows
-    ]
+    alone = loss_of(model, rows, comparisons=total)
+    parts = [loss_of(model, [each], num_processes=2, comparisons=total) for each in rows]
     assert_close(sum(parts) / 2, alone)
 
 
@@ -115,6 +119,23 @@ def test_the_head_is_new_and_the_body_is_the_language_models(tmp_path):
     assert model.config.pad_token_id == 0
     again = reward_model_from(tmp_path, pad_id=0, seed=3)
     assert torch.equal(model.score.weight, again.score.weight)
+
+
+def test_a_layer_that_averages_sees_all_earlier_tokens_alike():
+    model = tiny_reward_model()
+    average_at_first(model, layers=1)
+    read = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "output_attentions": True}
+    model.set_attn_implementation("eager")
+    first, last = model(**read).attentions[0], model(**read).attentions[-1]
+    assert_close(last[0, :, 3], torch.full_like(last[0, :, 3], 0.25))
+    assert not torch.allclose(first[0, :, 3], torch.full_like(first[0, :, 3], 0.25), atol=1e-4)
+
+
+def test_a_model_with_too_few_layers_to_average_is_refused():
+    with pytest.raises(
+        UserError, match=r"averaging_layers: llama has 2 layers with a q_proj, not 3"
+    ):
+        average_at_first(tiny_reward_model(), layers=3)
 
 
 def test_scores_come_in_the_order_of_texts_whatever_the_batch():

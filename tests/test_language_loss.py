@@ -1,0 +1,52 @@
+"""The chunked language-model loss against the plain one, gradients included."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline import language_loss
+from pipeline.language_loss import plain_head, token_nll
+from tests.support import assert_close, tiny_llama
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 20])
+def test_it_equals_the_plain_cross_entropy(monkeypatch, num_tokens, smoothing):
+    monkeypatch.setattr(language_loss, "CHUNK_TOKENS", 8)
+    torch.manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (num_tokens,))
+    found = token_nll(hidden, head, targets, label_smoothing=smoothing)
+    expected = torch.nn.functional.cross_entropy(
+        hidden @ head.T, targets, reduction="sum", label_smoothing=smoothing
+    )
+    assert_close(found, expected, tolerance=1e-10)
+    # Times 3, so that the gradient from above counts.
+    ours = torch.autograd.grad(3 * found, (hidden, head))
+    theirs = torch.autograd.grad(3 * expected, (hidden, head))
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our, their, tolerance=1e-10)
+
+
+def test_large_logits_stay_finite():
+    hidden, head = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]])
+    # The target is 600 nats below the other: its loss is 600.
+    assert float(token_nll(hidden, head, torch.tensor([1]))) == pytest.approx(600)
+
+
+def test_hidden_states_in_bfloat16_keep_the_loss_in_float32():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(9, 6), torch.randn(11, 6)
+    targets = torch.randint(0, 11, (9,))
+    low = token_nll(hidden.bfloat16(), head, targets)
+    assert low.dtype == torch.float32
+    assert float(low) == pytest.approx(float(token_nll(hidden, head, targets)), rel=0.02)
+
+
+def test_heads_that_reshape_the_logits_are_left_to_the_model():
+    model = tiny_llama()
+    assert plain_head(model)
+    model.config.final_logit_softcapping = 30.0
+    assert not plain_head(model)
+    assert plain_head(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=24)))
