@@ -154,6 +154,9 @@ class Optimisation:
     """How far a value may move in one update before its gradient stops."""
     value_coef: float = 0.1
     """Weight of the value loss."""
+    critic_warmup: int = 0
+    """Updates at the start in which the critic learns and the policy stands still, the KL
+    coefficient with it: a few where the critic starts from zero, as with `roles: trunk`."""
     max_grad_norm: float = 1.0
     """Gradient norm at which each model's gradients are clipped."""
     max_ratio: float = 100.0
@@ -169,7 +172,7 @@ class Optimisation:
                 value is None or value > 0,
                 f"optimisation.{name}: must be positive or null, got {value}",
             )
-        for name in ("entropy_coef", "ptx_coef"):
+        for name in ("entropy_coef", "ptx_coef", "critic_warmup"):
             value = getattr(self, name)
             require(value >= 0, f"optimisation.{name}: must be at least 0, got {value}")
         require(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipeline.config import StageConfig, require
+from pipeline.lora import LoRA
 from pipeline.training import Training
 
 
@@ -50,6 +51,9 @@ class RewardConfig(StageConfig):
     """Constants written into the model's configuration."""
     training: Training = field(default_factory=Training)
     """How the weights are moved; its rows are rankings."""
+    lora: LoRA = field(default_factory=LoRA)
+    """Adapters, and the head, that are trained in place of all weights; ppo's `roles: lora` needs
+    them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

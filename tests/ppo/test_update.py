@@ -23,6 +23,8 @@ CASES = {
         "reward": Reward(missing_eos_score=-0.5, clip=0.2, whiten=True, gamma=0.9, lam=0.8),
     },
     "one token": {"max_response_tokens": 1, "reward": Reward(missing_eos_score=None)},
+    "trunk": {"sharing": "trunk"},
+    "lora": {"sharing": "lora"},
     "unequal prompts": {"prompts_per_update": 6, "minibatch_size": 3},
 }
 UNEQUAL = [[4] * 40, [5], [6, 7], [8] * 23, [9, 3, 4], [2]]
