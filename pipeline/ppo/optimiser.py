@@ -222,18 +222,17 @@ class Optimiser:
         The critic's begins after the policy's has gone backward, for roles on one base switch its
         adapters; on one trunk both are one pass.
         """
-        policy, value = self.roles.policy, self.roles.value
         with torch.set_grad_enabled("policy" in self.moving):
             with self._precision():
-                states = response_states(policy, micro.batch)
-                logprobs = next_logprobs(policy, states, temperature=self.settings.temperature)
-            losses = self._policy_losses(logprobs, micro, num_tokens=num_tokens)
+                states = response_states(self.roles.policy, micro.batch)
+            losses = self._policy_losses(states, micro, num_tokens=num_tokens)
         if not self.roles.one_trunk:
             yield losses
             losses = {}
         if micro.returns is not None:
             with self._precision():
-                values = state_values(value, self.roles.value_states(micro.batch, states))
+                states = self.roles.value_states(micro.batch, states)
+                values = state_values(self.roles.value, states)
             losses["value"] = value_loss(
                 pad_tokens(values, micro.mask),
                 micro.values,
@@ -248,9 +247,13 @@ class Optimiser:
         return precision_context(self.settings.precision, self.roles.policy.device)
 
     def _policy_losses(
-        self, logprobs: Float[Tensor, "token vocabulary"], micro: _Microbatch, *, num_tokens: int
+        self, states: Float[Tensor, "token width"], micro: _Microbatch, *, num_tokens: int
     ) -> dict[str, Loss]:
         rates, estimator = self.settings.optimisation, self.settings.kl.in_loss
+        with self._precision():
+            logprobs = next_logprobs(
+                self.roles.policy, states, temperature=self.settings.temperature
+            )
         chosen = pad_tokens(chosen_logprobs(logprobs, micro.batch), micro.mask)
         losses = {
             "policy": policy_loss(
@@ -333,5 +336,5 @@ def precision_context(
 
 def _adamw(model: Any, learning_rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        list(model.parameters()), lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0
+        model.parameters(), lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0
     )
