@@ -22,7 +22,7 @@ from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
-from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings, check_roles
 from pipeline.progress import progress
 from pipeline.storage import read_jsonl
 
@@ -110,40 +110,21 @@ class Config(StageConfig):
             self.prompts_per_update >= self.num_processes,
             f"prompts_per_update: {self.prompts_per_update} is less than the processes",
         )
-        self._check_roles()
+        check_roles(
+            self.roles,
+            lora=self.lora,
+            kl=self.kl,
+            advantage=self.advantage,
+            optimisation=self.optimisation,
+        )
+        warmup = self.optimisation.critic_warmup
+        require(
+            warmup < self.updates,
+            f"optimisation.critic_warmup: {warmup} of {self.updates} updates leave the policy none",
+        )
         require(
             self.precision in ("auto", "bf16", "fp32"),
             f"precision: must be auto, bf16 or fp32, got {self.precision!r}",
-        )
-
-    def _check_roles(self) -> None:
-        roles = ("separate", "trunk", "lora")
-        require(
-            self.roles in roles, f"roles: must be one of {', '.join(roles)}, got {self.roles!r}"
-        )
-        critic, warmup = self.advantage.needs_value_model, self.optimisation.critic_warmup
-        estimator = self.advantage.estimator
-        require(
-            critic or self.roles != "trunk",
-            f"roles: trunk shares the policy with a critic, and {estimator} has none",
-        )
-        require(
-            critic or warmup == 0,
-            f"optimisation.critic_warmup: {estimator} has no critic; set it to 0, not {warmup}",
-        )
-        require(
-            (self.roles == "lora") == (self.lora.rank > 0),
-            f"lora.rank: roles lora needs it above 0, any other needs 0; got {self.lora.rank} "
-            f"with roles {self.roles}",
-        )
-        require(
-            self.roles != "lora" or self.kl.reference_rate == 0,
-            "kl.reference_rate: with roles lora the reference is the frozen base; set it to 0, "
-            f"not {self.kl.reference_rate}",
-        )
-        require(
-            self.lora.dropout == 0,
-            f"lora.dropout: ppo reads all models without; set it to 0, not {self.lora.dropout}",
         )
 
     def judges(self, update: int) -> bool:

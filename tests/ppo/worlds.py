@@ -1,7 +1,9 @@
 """Small worlds for the PPO trainer: tiny models, and rewards one can predict."""
 
+import atexit
 import copy
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,7 +121,8 @@ def trainer(
 @functools.cache
 def parents() -> Path:
     """A folder with sft and reward; the reward model is an adapter on sft, far from zero."""
-    folder = Path(tempfile.mkdtemp(prefix="worlds"))
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     sft, reward = folder / "sft", folder / "reward"
     tiny_llama().save_pretrained(sft)
     wrapped = with_adapter(

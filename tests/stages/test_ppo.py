@@ -270,6 +270,10 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
             "--optimisation.critic_warmup=1 --advantage.estimator=reinforce",
             "optimisation.critic_warmup: reinforce has no critic; set it to 0, not 1",
         ),
+        (
+            "--optimisation.critic_warmup=4",
+            "optimisation.critic_warmup: 4 of 4 updates leave the policy none",
+        ),
         ("--optimisation.critic_warmup=-1", "optimisation.critic_warmup: must be at least 0"),
         ("--optimisation.learning_rate=1.0e+30", "lower the learning rate"),
     ],
