@@ -172,5 +172,5 @@ def test_gradient_checkpointing_reads_each_role_through_its_own_adapter():
     base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     ppo.update(0)
     assert_close(weights(ppo), updated(double=True, sharing="lora"), tolerance=1e-9)
-    # 4 roles measured in one batch, then policy and value in 4 steps, forward and again backward
-    assert len(forwards) == 4 + 2 * (4 + 4)
+    # 4 roles measured in 2 batches; policy and value in 4 steps, forward and again backward
+    assert len(forwards) == 4 * 2 + 2 * (4 + 4)
