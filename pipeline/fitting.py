@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.checkpoint import StageRun
 from pipeline.distributed import barrier, gather_objects, rank, world_size
 from pipeline.errors import UserError
+from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
 from pipeline.training import WORKSPACE
 
@@ -129,7 +131,7 @@ class ResumePoints(TrainerCallback):
                 shutil.move(file, folder / file.name)
 
 
-def prefer_fast_attention(model: PreTrainedModel, *, bf16: bool) -> None:
+def prefer_fast_attention(model: PreTrainedModel | PeftModel, *, bf16: bool) -> None:
     """Chooses attention by plain matrix products where that is faster: in bf16 on a processor.
 
     There the fused kernel is the slow part (a training step of a 3.3M model, 32 rows of 128
@@ -176,6 +178,30 @@ def fit(
         shutil.rmtree(run.path / WORKSPACE, ignore_errors=True)
     steps = trainer.state.global_step - (point[0] if point else 0)
     return steps * tokens_per_step / seconds
+
+
+def merge_adapter(
+    trainer: Trainer, run: StageRun, *, base: Path, load: Callable[[], PreTrainedModel]
+) -> None:
+    """Writes a trained adapter to adapter/ and puts the merged model in the trainer's place.
+
+    Merged are weights of full precision, also where the adapter was trained on 4-bit ones. Where
+    all weights were trained there is nothing to do.
+
+    Args:
+        trainer: at its end.
+        run: whose folder gets the adapter.
+        base: folder of the model that the adapter was trained on.
+        load: returns that model.
+    """
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        return
+    if run.is_main:
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+        write_adapter(run.path / ADAPTER, model.peft_config["default"], weights, base=base)
+    barrier()
+    trainer.model = merged(load(), run.path / ADAPTER).to(trainer.args.device)
 
 
 def save_model(trainer: Trainer, folder: Path) -> None:

@@ -71,11 +71,14 @@ def _check_sizes(options: dict[str, Any]) -> None:
         )
 
 
-def load_causal_lm(path: Path | str) -> "PreTrainedModel":
-    """Returns the causal LM of a folder or hub id in float32, in evaluation mode."""
+def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrainedModel":
+    """Returns the causal LM of a folder or hub id in evaluation mode.
+
+    In float32, or as `pipeline.lora.quantisation` says.
+    """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path)
+    return _load(AutoModelForCausalLM, path, quantisation=quantisation)
 
 
 def load_reward_model(path: Path | str) -> "PreTrainedModel":
@@ -95,10 +98,14 @@ def load_reward_model(path: Path | str) -> "PreTrainedModel":
     return model
 
 
-def _load(auto_class: Any, path: Path | str) -> "PreTrainedModel":
+def _load(auto_class: Any, path: Path | str, *, quantisation: Any = None) -> "PreTrainedModel":
     try:
         model = auto_class.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            path,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            quantization_config=quantisation,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model could be loaded from there ({error})") from error

@@ -55,20 +55,24 @@ def collate(
     return Batch(ids, mask, positions, response_mask)
 
 
-def response_logits(
+def response_states(model: Any, batch: Batch) -> Float[Tensor, "token width"]:
+    """Returns the last hidden state before each response token, so that heads run on those only.
+
+    Rows come in row-major order of `batch.response_mask`.
+    """
+    hidden = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+    states: Tensor = hidden[:, :-1][batch.response_mask[:, 1:]]
+    return states
+
+
+def next_logits(
     model: Any,
-    batch: Batch,
+    states: Float[Tensor, "token width"],
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, "token vocabulary"]:
-    """Returns one row of logits per response token, divided by the temperature, float32 or wider.
-
-    The head runs on the positions before response tokens only; rows come in row-major order of
-    `batch.response_mask`.
-    """
-    hidden = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    predicting = batch.response_mask[:, 1:]
-    logits = model.get_output_embeddings()(hidden[:, :-1][predicting])
+    """Returns the logits after each state, divided by the temperature, float32 or wider."""
+    logits = model.get_output_embeddings()(states)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
 
@@ -81,14 +85,14 @@ def pad_tokens(
     )
 
 
-def response_logprobs(
+def next_logprobs(
     model: Any,
-    batch: Batch,
+    states: Float[Tensor, "token width"],
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, "token vocabulary"]:
-    """Returns log pi over the whole vocabulary for each response token; see `response_logits`."""
-    return response_logits(model, batch, temperature=temperature).log_softmax(dim=-1)
+    """Returns log pi over the whole vocabulary after each state."""
+    return next_logits(model, states, temperature=temperature).log_softmax(dim=-1)
 
 
 def chosen_logprobs(

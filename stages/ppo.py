@@ -3,9 +3,10 @@
 Reads   runs/<recipe>/{data,sft,reward}, with a guard also reward_guard; of the data the prompts of
         the training and validation splits, and the pretraining text (validation: the alignment
         tax; training: PPO-ptx).
-Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, value/
-        (the critic, if advantages need one), best/ (where a guard chose one), rollouts/ (some,
-        token by token), metrics, timings and samples of every validation.
+Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, adapter/
+        (where roles is lora), value/ (the critic, if advantages need one), best/ (where a guard
+        chose one), rollouts/ (some, token by token), metrics, timings and samples of every
+        validation.
 Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 """
 
@@ -17,10 +18,11 @@ from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
+from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
-from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings, check_roles
 from pipeline.progress import progress
 from pipeline.storage import read_jsonl
 
@@ -64,6 +66,11 @@ class Config(StageConfig):
     """What a response is held against."""
     optimisation: Optimisation = field(default_factory=Optimisation)
     """Losses and steps of one update."""
+    roles: str = "separate"
+    """separate: four models; trunk: the critic is a head on the policy's last hidden state; lora:
+    all roles are adapters on the frozen SFT model."""
+    lora: LoRA = field(default_factory=LoRA)
+    """The policy's adapter, where roles is lora; the others are the reward stage's."""
     validate_every: int = 10
     """Updates between two looks at the validation prompts."""
     validation_prompts: int = 256
@@ -103,6 +110,18 @@ class Config(StageConfig):
             self.prompts_per_update >= self.num_processes,
             f"prompts_per_update: {self.prompts_per_update} is less than the processes",
         )
+        check_roles(
+            self.roles,
+            lora=self.lora,
+            kl=self.kl,
+            advantage=self.advantage,
+            optimisation=self.optimisation,
+        )
+        warmup = self.optimisation.critic_warmup
+        require(
+            warmup < self.updates,
+            f"optimisation.critic_warmup: {warmup} of {self.updates} updates leave the policy none",
+        )
         require(
             self.precision in ("auto", "bf16", "fp32"),
             f"precision: must be auto, bf16 or fp32, got {self.precision!r}",
@@ -139,7 +158,10 @@ class Config(StageConfig):
 def load_roles(
     config: Config, sft: Artifact, reward: Artifact, *, accelerator: "Accelerator"
 ) -> "Roles":
-    """Returns policy and reference from sft, reward model and value model from reward."""
+    """Returns policy and reference from sft, reward model and value model from reward.
+
+    A critic on the policy's trunk comes from nowhere: its head is new.
+    """
     from pipeline.models import (
         load_causal_lm,
         load_reward_model,
@@ -147,19 +169,28 @@ def load_roles(
         take_raw_scores,
     )
     from pipeline.ppo.experience import Roles
+    from pipeline.ppo.sharing import TrunkValue, share_base
 
     require(
         load_tokenizer(sft.path).get_vocab() == load_tokenizer(reward.path).get_vocab(),
         f"{reward.path} has another tokenizer than {sft.path}. Run: make reward FORCE=1",
     )
-    device = accelerator.device
-    value = load_reward_model(reward.path) if config.advantage.needs_value_model else None
-    roles = Roles(
-        policy=load_causal_lm(sft.path).to(device),
-        reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
-        reward_model=load_reward_model(reward.path).to(device).requires_grad_(False),
-        value=None if value is None else value.to(device),
-    )
+    device, critic = accelerator.device, config.advantage.needs_value_model
+    if config.roles == "lora":
+        roles = share_base(
+            sft.path, reward.path, lora=config.lora, seed=config.seed, device=device, critic=critic
+        )
+    else:
+        policy, value = load_causal_lm(sft.path).to(device), None
+        if critic:
+            trunk = config.roles == "trunk"
+            value = TrunkValue(policy) if trunk else load_reward_model(reward.path).to(device)
+        roles = Roles(
+            policy=policy,
+            reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
+            reward_model=load_reward_model(reward.path).to(device).requires_grad_(False),
+            value=value,
+        )
     if not config.reward.normalise:
         for model in filter(None, (roles.reward_model, roles.value)):
             take_raw_scores(model)

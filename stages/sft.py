@@ -1,7 +1,8 @@
 """Instruction tuning: train the pretrained model on replies only, with TRL's SFTTrainer.
 
 Reads   runs/<recipe>/data (instructions rows) and runs/<recipe>/pretrain
-Writes  runs/<recipe>/sft, a Hugging Face model folder with its tokenizer; samples.jsonl
+Writes  runs/<recipe>/sft, a Hugging Face model folder with its tokenizer; adapter/ where lora.rank
+        is set; samples.jsonl
 Command make sft RECIPE=cpu ARGS="--training.steps=200"
 """
 
@@ -17,6 +18,7 @@ from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, Example, Examples, collate, read_examples
+from pipeline.lora import LoRA, quantisation, with_adapter
 from pipeline.training import Training, padding_frac, row_order, trainer_arguments
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Config(StageConfig):
     """Most tokens of such a reply."""
     training: Training = field(default_factory=Training)
     """How the weights are moved."""
+    lora: LoRA = field(default_factory=LoRA)
+    """Adapters that are trained in place of all weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +56,7 @@ def load_model(config: Config, path: Path) -> "PreTrainedModel":
     """Returns the pretrained model, once its context holds the longest row."""
     from pipeline.models import load_causal_lm
 
-    model = load_causal_lm(path)
+    model = load_causal_lm(path, quantisation=quantisation(config.lora))
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.max_length > context:
         raise UserError(
@@ -85,8 +89,9 @@ def build_trainer(
         world_size=world_size(),
         bf16=bf16,
     )
+    trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
     return SFTTrainer(
-        model=model,
+        model=trained,
         args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_dict(
             {
@@ -185,7 +190,8 @@ def train_and_validate(
     run: StageRun,
 ) -> tuple[float, dict[str, float]]:
     """Returns tokens per second and the final validation figures; the folder holds the model."""
-    from pipeline.fitting import fit, save_model
+    from pipeline.fitting import fit, merge_adapter, save_model
+    from pipeline.models import load_causal_lm
 
     tokenizer = trainer.processing_class
 
@@ -204,6 +210,8 @@ def train_and_validate(
         eval_every=config.training.eval_every,
         tokens_per_step=_num_tokens(ordered) / trainer.args.max_steps,
     )
+    base = run.parents["pretrain"].path
+    merge_adapter(trainer, run, base=base, load=lambda: load_causal_lm(base))
     step = trainer.state.global_step
     final = validate(len(validation))
     run.log(step, final)

@@ -5,9 +5,10 @@ import torch
 from pipeline.sequences import (
     chosen_logprobs,
     collate,
+    next_logits,
+    next_logprobs,
     pad_tokens,
-    response_logits,
-    response_logprobs,
+    response_states,
     token_entropy,
 )
 from tests.support import assert_close, tiny_llama
@@ -30,7 +31,7 @@ def test_logprobs_are_those_of_each_row_alone():
     model = tiny_llama().double()
     batch = collate(PROMPTS, RESPONSES, pad_id=0)
     with torch.no_grad():
-        logprobs = response_logprobs(model, batch, temperature=0.7)
+        logprobs = next_logprobs(model, response_states(model, batch), temperature=0.7)
         chosen = pad_tokens(chosen_logprobs(logprobs, batch), batch.response_mask)
         for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
             logits = model(torch.tensor([prompt + response])).logits[0] / 0.7
@@ -50,17 +51,19 @@ def test_entropy_by_hand():
 def test_more_padding_changes_nothing():
     model = tiny_llama().double()
     with torch.no_grad():
-        tight = response_logits(model, collate(PROMPTS[:1], RESPONSES[:1], pad_id=0))
-        loose = response_logits(
-            model, collate([*PROMPTS[:1], [4] * 9], [*RESPONSES[:1], [3] * 9], pad_id=0)
+        tight = next_logits(
+            model, response_states(model, collate(PROMPTS[:1], RESPONSES[:1], pad_id=0))
         )
+        more = collate([*PROMPTS[:1], [4] * 9], [*RESPONSES[:1], [3] * 9], pad_id=0)
+        loose = next_logits(model, response_states(model, more))
     assert_close(loose[:2], tight)
 
 
 def test_logits_are_at_least_float32():
     model = tiny_llama().bfloat16()
     with torch.no_grad():
-        logits = response_logits(model, collate(PROMPTS, RESPONSES, pad_id=0))
+        states = response_states(model, collate(PROMPTS, RESPONSES, pad_id=0))
+        logits = next_logits(model, states)
     assert logits.dtype == torch.float32
     assert logits.shape == (5, 24)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.ppo.kl import full_kl
-from pipeline.sequences import collate, response_logits
+from pipeline.sequences import collate, next_logits, response_states
 
 TokenIds = Sequence[Sequence[int]]
 
@@ -86,7 +86,7 @@ def _forward(
         rows = slice(start, start + batch_size)
         batch = collate(prompts[rows], responses[rows], pad_id=pad_id)
         with torch.inference_mode():
-            logits = response_logits(model, batch.to(device)).cpu()
+            logits = next_logits(model, response_states(model, batch.to(device))).cpu()
         yield _Tokens(
             row=batch.response_mask.nonzero()[:, 0] + start,
             token=batch.input_ids[batch.response_mask],

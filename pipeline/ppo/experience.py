@@ -14,8 +14,9 @@ from pipeline.sequences import (
     Batch,
     chosen_logprobs,
     collate,
+    next_logprobs,
     pad_tokens,
-    response_logprobs,
+    response_states,
     token_entropy,
 )
 
@@ -24,18 +25,32 @@ from pipeline.sequences import (
 class Roles:
     """The four models; all in evaluation mode, so that dropout is off everywhere.
 
+    Each is called in the same way, whether it is a model of its own or shares weights with others
+    (`pipeline.ppo.sharing`).
+
     Attributes:
         policy: causal LM being trained.
         reference: the SFT model, frozen; moved between updates where settings say so.
         reward_model: frozen sequence classifier with normalisation constants.
-        value: sequence classifier started from the reward model, being trained; None for
-            advantages that need no critic.
+        value: sequence classifier started from the reward model, or a head on the policy's trunk,
+            being trained; None for advantages that need no critic.
     """
 
     policy: Any
     reference: Any
     reward_model: Any
     value: Any | None
+
+    @property
+    def one_trunk(self) -> bool:
+        """Whether the critic is a head on the policy's own hidden states."""
+        return self.value is not None and self.value.base_model == self.policy.base_model
+
+    def value_states(
+        self, batch: Batch, policy_states: Float[Tensor, "token width"]
+    ) -> Float[Tensor, "token critic_width"]:
+        """Returns the critic's hidden state before each response token."""
+        return policy_states if self.one_trunk else response_states(self.value, batch)
 
 
 @dataclass(frozen=True)
@@ -93,16 +108,9 @@ def length_mask(responses: Sequence[Sequence[int]]) -> Bool[Tensor, "batch time"
     return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
-def token_values(
-    value_model: Any,
-    batch: Batch,
-) -> Float[Tensor, "token"]:
-    """Returns the normalised value of the state before each response token, row-major.
-
-    Float32 or wider.
-    """
-    hidden = value_model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    raw = value_model.score(hidden[:, :-1][batch.response_mask[:, 1:]])[:, 0]
+def state_values(value_model: Any, states: Float[Tensor, "token width"]) -> Float[Tensor, "token"]:
+    """Returns the normalised value of each state, float32 or wider."""
+    raw = value_model.score(states)[:, 0]
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     return (raw - value_model.config.reward_mean) / value_model.config.reward_std
 
@@ -142,15 +150,17 @@ def measure(
 
 
 def _measure_batch(roles: Roles, batch: Batch, *, temperature: float) -> dict[str, Tensor]:
-    logprobs = response_logprobs(roles.policy, batch, temperature=temperature)
-    reference = response_logprobs(roles.reference, batch, temperature=temperature)
+    states = response_states(roles.policy, batch)
+    logprobs = next_logprobs(roles.policy, states, temperature=temperature)
+    ref_states = response_states(roles.reference, batch)
+    reference = next_logprobs(roles.reference, ref_states, temperature=temperature)
     chosen = chosen_logprobs(logprobs, batch)
     return {
         "logprobs": chosen,
         "ref_logprobs": chosen_logprobs(reference, batch),
         "values": torch.zeros_like(chosen)
         if roles.value is None
-        else token_values(roles.value, batch),
+        else state_values(roles.value, roles.value_states(batch, states)),
         "entropy": token_entropy(logprobs),
     }
 

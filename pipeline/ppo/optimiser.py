@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.ppo.checks import RATIO_TOLERANCE, check_norms, check_step
-from pipeline.ppo.experience import Experience, Roles, length_mask, token_values
+from pipeline.ppo.experience import Experience, Roles, length_mask, state_values
 from pipeline.ppo.losses import Loss, entropy_loss, kl_loss, policy_loss, text_loss, value_loss
 from pipeline.ppo.metrics import named_sums, step_metrics
 from pipeline.ppo.order import permutation, rows_in_turn
@@ -20,8 +20,9 @@ from pipeline.sequences import (
     Batch,
     chosen_logprobs,
     collate,
+    next_logprobs,
     pad_tokens,
-    response_logprobs,
+    response_states,
     token_entropy,
 )
 
@@ -64,7 +65,12 @@ class _Microbatch:
 
 
 class Optimiser:
-    """Moves the policy and, where there is one, the value model; the same on every process."""
+    """Moves the policy and, where there is one, the value model; the same on every process.
+
+    Attributes:
+        models: what is trained, by role.
+        moving: the roles that move in this update: all, or in a warm-up the critic alone.
+    """
 
     def __init__(
         self,
@@ -79,9 +85,10 @@ class Optimiser:
         assert (text is not None) == (rates.ptx_coef > 0)
         self.text = text
         self.settings, self.accelerator, self.pad_id = settings, accelerator, pad_id
-        self.models = {"policy": roles.policy}
+        self.roles, self.models = roles, {"policy": roles.policy}
         if roles.value is not None:
             self.models["value"] = roles.value
+        self.moving = list(self.models)
         self.rates = {"policy": rates.learning_rate, "value": rates.value_learning_rate}
         self.optimizers = {
             name: _adamw(model, self.rates[name]) for name, model in self.models.items()
@@ -97,6 +104,8 @@ class Optimiser:
         Raises:
             UserError: a run-time check failed; no optimizer moved after the failure.
         """
+        warming = number < self.settings.optimisation.critic_warmup
+        self.moving = ["value"] if warming else list(self.models)
         left = 1.0 - number / self.settings.updates
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -162,11 +171,11 @@ class Optimiser:
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad()
             return None
-        norms = {name: self._reduced_norm(name) for name in self.models}
+        norms = {name: self._reduced_norm(name) for name in self.moving}
         check_norms(norms, rows=rows)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
+        for name in self.moving:
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
         return {**metrics, **{f"{name}/grad_norm": norm for name, norm in norms.items()}}
 
     def _microbatch(self, lesson: Lesson, rows: Int[Tensor, " microbatch"]) -> _Microbatch:
@@ -190,10 +199,7 @@ class Optimiser:
         )
 
     def _backward(self, micro: _Microbatch, *, num_tokens: int) -> dict[str, float]:
-        """Returns sums over a micro-batch after adding its gradients to every model."""
-        losses = self._policy_losses(micro, num_tokens=num_tokens)
-        if micro.returns is not None:
-            losses["value"] = self._value_loss(micro, micro.returns, num_tokens=num_tokens)
+        """Returns sums over a micro-batch after adding its gradients to what moves."""
         rates = self.settings.optimisation
         coefs = {
             "policy": 1.0,
@@ -201,15 +207,52 @@ class Optimiser:
             "kl": micro.kl_coef,
             "entropy": rates.entropy_coef,
         }
-        total = sum((coefs[name] * loss.value for name, loss in losses.items()), torch.zeros(()))
-        total.backward()
-        return named_sums(losses)
+        sums: dict[str, float] = {}
+        for losses in self._passes(micro, num_tokens=num_tokens):
+            weighed = (coefs[name] * loss.value for name, loss in losses.items())
+            total = sum(weighed, torch.zeros(()))
+            if total.requires_grad:
+                total.backward()
+            sums |= named_sums(losses)
+        return sums
 
-    def _policy_losses(self, micro: _Microbatch, *, num_tokens: int) -> dict[str, Loss]:
+    def _passes(self, micro: _Microbatch, *, num_tokens: int) -> Iterator[dict[str, Loss]]:
+        """Yields the losses of each forward pass: the policy's and the critic's.
+
+        The critic's begins after the policy's has gone backward, for roles on one base switch its
+        adapters; on one trunk both are one pass.
+        """
+        with torch.set_grad_enabled("policy" in self.moving):
+            with self._precision():
+                states = response_states(self.roles.policy, micro.batch)
+            losses = self._policy_losses(states, micro, num_tokens=num_tokens)
+        if not self.roles.one_trunk:
+            yield losses
+            losses = {}
+        if micro.returns is not None:
+            with self._precision():
+                states = self.roles.value_states(micro.batch, states)
+                values = state_values(self.roles.value, states)
+            losses["value"] = value_loss(
+                pad_tokens(values, micro.mask),
+                micro.values,
+                micro.returns,
+                micro.mask,
+                clip=self.settings.optimisation.value_clip,
+                num_tokens=num_tokens,
+            )
+            yield losses
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return precision_context(self.settings.precision, self.roles.policy.device)
+
+    def _policy_losses(
+        self, states: Float[Tensor, "token width"], micro: _Microbatch, *, num_tokens: int
+    ) -> dict[str, Loss]:
         rates, estimator = self.settings.optimisation, self.settings.kl.in_loss
-        with precision_context(self.settings.precision, self.models["policy"].device):
-            logprobs = response_logprobs(
-                self.models["policy"], micro.batch, temperature=self.settings.temperature
+        with self._precision():
+            logprobs = next_logprobs(
+                self.roles.policy, states, temperature=self.settings.temperature
             )
         chosen = pad_tokens(chosen_logprobs(logprobs, micro.batch), micro.mask)
         losses = {
@@ -238,20 +281,6 @@ class Optimiser:
             losses["entropy"] = entropy_loss(entropy, micro.mask, num_tokens=num_tokens)
         return losses
 
-    def _value_loss(
-        self, micro: _Microbatch, returns: Float[Tensor, "batch time"], *, num_tokens: int
-    ) -> Loss:
-        with precision_context(self.settings.precision, self.models["value"].device):
-            values = token_values(self.models["value"], micro.batch)
-        return value_loss(
-            pad_tokens(values, micro.mask),
-            micro.values,
-            returns,
-            micro.mask,
-            clip=self.settings.optimisation.value_clip,
-            num_tokens=num_tokens,
-        )
-
     def _backward_text(self, rows: Int[Tensor, " text_row"]) -> list[dict[str, float]]:
         """Returns a loss for each micro-batch of text after adding the policy's gradients."""
         if self.text is None:
@@ -262,10 +291,11 @@ class Optimiser:
         mine = rows[distributed.rank() :: distributed.world_size()]
         for micro in mine.split(self.settings.microbatch_size):
             ids = self.text[micro].to(policy.device)
-            with precision_context(self.settings.precision, policy.device):
+            with torch.set_grad_enabled("policy" in self.moving), self._precision():
                 logits = policy(input_ids=ids, use_cache=False).logits
-            loss = text_loss(logits, ids, num_tokens=num_tokens)
-            (rates.ptx_coef * loss.value).backward()
+                loss = text_loss(logits, ids, num_tokens=num_tokens)
+            if "policy" in self.moving:
+                (rates.ptx_coef * loss.value).backward()
             parts.append(named_sums({"ptx": loss}))
         return parts
 

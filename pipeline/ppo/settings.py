@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from pipeline.config import require
+from pipeline.lora import LoRA
 
 PENALTIES = ("k1_in_reward", "k2_in_loss", "k3_in_loss")
+ROLES = ("separate", "trunk", "lora")
 ESTIMATORS = ("gae", "rloo", "grpo", "reinforce")
 
 
@@ -154,6 +156,9 @@ class Optimisation:
     """How far a value may move in one update before its gradient stops."""
     value_coef: float = 0.1
     """Weight of the value loss."""
+    critic_warmup: int = 0
+    """Updates at the start in which the critic learns and the policy stands still, the KL
+    coefficient with it: a few where the critic starts from zero, as with `roles: trunk`."""
     max_grad_norm: float = 1.0
     """Gradient norm at which each model's gradients are clipped."""
     max_ratio: float = 100.0
@@ -169,7 +174,7 @@ class Optimisation:
                 value is None or value > 0,
                 f"optimisation.{name}: must be positive or null, got {value}",
             )
-        for name in ("entropy_coef", "ptx_coef"):
+        for name in ("entropy_coef", "ptx_coef", "critic_warmup"):
             value = getattr(self, name)
             require(value >= 0, f"optimisation.{name}: must be at least 0, got {value}")
         require(
@@ -202,3 +207,34 @@ class Settings:
     reward: Reward
     advantage: Advantage
     optimisation: Optimisation
+
+
+def check_roles(
+    roles: str, *, lora: LoRA, kl: KL, advantage: Advantage, optimisation: Optimisation
+) -> None:
+    """Raises UserError when how the roles hold their weights does not go with other settings."""
+    require(roles in ROLES, f"roles: must be one of {', '.join(ROLES)}, got {roles!r}")
+    estimator, warmup = advantage.estimator, optimisation.critic_warmup
+    if not advantage.needs_value_model:
+        require(
+            roles != "trunk",
+            f"roles: trunk shares the policy with a critic, and {estimator} has none",
+        )
+        require(
+            warmup == 0,
+            f"optimisation.critic_warmup: {estimator} has no critic; set it to 0, not {warmup}",
+        )
+    require(
+        (roles == "lora") == (lora.rank > 0),
+        f"lora.rank: roles lora needs it above 0, any other needs 0; got {lora.rank} with roles "
+        f"{roles}",
+    )
+    require(
+        roles != "lora" or kl.reference_rate == 0,
+        "kl.reference_rate: with roles lora the reference is the frozen base; set it to 0, "
+        f"not {kl.reference_rate}",
+    )
+    require(
+        lora.dropout == 0,
+        f"lora.dropout: ppo reads all models without; set it to 0, not {lora.dropout}",
+    )

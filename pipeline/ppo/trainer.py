@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.models import load_causal_lm, load_reward_model
 from pipeline.ppo.advantages import RunningBaseline, gae, grpo, reinforce, rloo, whiten
 from pipeline.ppo.checks import check_experience
 from pipeline.ppo.experience import Experience, Roles, assemble, measure, move_reference
@@ -111,7 +111,8 @@ class PPOTrainer:
             metrics["value/explained_variance"] = explained_variance(
                 experience.values[mask], lesson.returns[mask]
             )
-        self.kl.update(metrics["objective/kl"], num_episodes=len(prompts))
+        if number >= settings.optimisation.critic_warmup:  # before, the KL is 0 and says nothing
+            self.kl.update(metrics["objective/kl"], num_episodes=len(prompts))
         if settings.kl.reference_rate > 0 and (number + 1) % settings.kl.reference_every == 0:
             move_reference(self.roles, rate=settings.kl.reference_rate)
         _add_throughput(timings, num_tokens=int(mask.sum()))
@@ -205,28 +206,31 @@ class PPOTrainer:
         return math.exp(sum(distributed.gather_objects(total)) / num_tokens)
 
     def save(self, folder: Path) -> None:
-        """Writes the state of a resume point; the main process's is everyone's."""
+        """Writes the state of a resume point: what moves. The main process's is everyone's."""
         if not distributed.is_main():
             return
-        for name, model in self.optimiser.models.items():
-            model.save_pretrained(folder / name)
-        if self.settings.kl.reference_rate > 0:
-            self.roles.reference.save_pretrained(folder / "reference")
+        for name, model in self._moved().items():
+            weights = {key: p.detach().cpu() for key, p in model.named_parameters()}
+            save_file(weights, folder / f"{name}.safetensors")
         kept = {"kl": self.kl.state(), "baseline": self.baseline.value}
         torch.save({**self.optimiser.state(), **kept}, folder / "state.pt")
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Takes up the state of a resume point."""
-        self.roles.policy.load_state_dict(load_causal_lm(folder / "policy").state_dict())
-        if self.settings.kl.reference_rate > 0:
-            reference = load_causal_lm(folder / "reference")
-            self.roles.reference.load_state_dict(reference.state_dict())
-        if self.roles.value is not None:
-            self.roles.value.load_state_dict(load_reward_model(folder / "value").state_dict())
+        for name, model in self._moved().items():
+            weights = load_file(folder / f"{name}.safetensors")
+            for key, parameter in model.named_parameters():
+                parameter.copy_(weights[key])
         state = torch.load(folder / "state.pt", weights_only=True)
         self.optimiser.load_state(state)
         self.kl.coef = state["kl"]["coef"]
         self.baseline.value = state["baseline"]
+
+    def _moved(self) -> dict[str, Any]:
+        """Returns the roles whose weights change from update to update."""
+        moving = self.settings.kl.reference_rate > 0
+        return {**self.optimiser.models, **({"reference": self.roles.reference} if moving else {})}
 
 
 def build_controller(kl: KL) -> Controller:

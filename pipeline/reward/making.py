@@ -9,7 +9,8 @@ from pipeline.checkpoint import StageRun
 from pipeline.data.formats import read_rows
 from pipeline.distributed import world_size
 from pipeline.errors import UserError
-from pipeline.fitting import fit, save_model
+from pipeline.fitting import fit, merge_adapter, save_model
+from pipeline.lora import quantisation, with_adapter
 from pipeline.models import choose_precision, load_causal_lm, load_tokenizer
 from pipeline.optim import build_optimizer
 from pipeline.reward.constants import sample_replies, score_constants
@@ -108,7 +109,9 @@ def build_model(config: RewardConfig, sft: Path, *, pad_id: int) -> PreTrainedMo
     Raises:
         UserError: max_length is beyond the model's context.
     """
-    model = reward_model_from(sft, pad_id=pad_id, seed=config.seed)
+    model = reward_model_from(
+        sft, pad_id=pad_id, seed=config.seed, quantisation=quantisation(config.lora)
+    )
     average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)
@@ -138,8 +141,9 @@ def build_trainer(
     arguments = trainer_arguments(
         training, folder=folder, seed=config.seed, steps=steps, world_size=world_size(), bf16=bf16
     )
+    trained = with_adapter(model, config.lora, task="SEQ_CLS", seed=config.seed)
     return RankingTrainer(
-        model=model,
+        model=trained,
         # Processes need different numbers of forward passes, so none of them may synchronise.
         args=TrainingArguments(**arguments, ddp_broadcast_buffers=False),
         train_dataset=TrainingRankings(
@@ -231,6 +235,12 @@ def train(
         ),
         eval_every=config.training.eval_every,
         tokens_per_step=sum(map(len, training.texts)) / len(rows) * config.training.minibatch_size,
+    )
+    merge_adapter(
+        trainer,
+        stage,
+        base=sft,
+        load=lambda: reward_model_from(sft, pad_id=pad_id, seed=config.seed),
     )
     return trainer, {
         "steps": trainer.state.global_step,

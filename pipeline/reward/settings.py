@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipeline.config import StageConfig, require
+from pipeline.lora import LoRA
 from pipeline.training import Training
 
 
@@ -50,6 +51,9 @@ class RewardConfig(StageConfig):
     """Constants written into the model's configuration."""
     training: Training = field(default_factory=Training)
     """How the weights are moved; its rows are rankings."""
+    lora: LoRA = field(default_factory=LoRA)
+    """Adapters, and the head, that are trained in place of all weights; ppo's `roles: lora` needs
+    them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +70,10 @@ class RewardConfig(StageConfig):
         require(
             self.averaging_layers >= 0,
             f"averaging_layers: must be at least 0, got {self.averaging_layers}",
+        )
+        require(
+            self.averaging_layers == 0 or self.lora.rank == 0,
+            "averaging_layers: an adapter leaves the base as it is; set it or lora.rank to 0",
         )
         for name in ("dropout", "token_dropout"):
             value = getattr(self, name)

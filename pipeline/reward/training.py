@@ -70,11 +70,14 @@ def ranking_scores(
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def reward_model_from(path: Path, *, pad_id: int, seed: int) -> PreTrainedModel:
+def reward_model_from(
+    path: Path, *, pad_id: int, seed: int, quantisation: Any = None
+) -> PreTrainedModel:
     """Returns a sequence classifier with one label on the body of the causal LM in a folder.
 
-    The head is drawn from N(0, 1/sqrt(d + 1)) as a standard deviation, d the model's width, so
-    that first scores are of the order of 1 (Ziegler et al. 2019; Huang et al. 2024).
+    In float32, or the body as `pipeline.lora.quantisation` says. The head is drawn from
+    N(0, 1/sqrt(d + 1)) as a standard deviation, d the model's width, so that first scores are of
+    the order of 1 (Ziegler et al. 2019; Huang et al. 2024).
     """
     with _quiet_about_the_new_head():
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -83,6 +86,7 @@ def reward_model_from(path: Path, *, pad_id: int, seed: int) -> PreTrainedModel:
             dtype=torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
+            quantization_config=quantisation,
         )
     model.config.pad_token_id = pad_id
     model.config.id2label, model.config.label2id = {0: "score"}, {"score": 0}

@@ -19,7 +19,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-5
 
 def logprobs_of(model: Any, prompt: list[int], response: list[int], temperature: float) -> list:
     """The log pi of each response token: the logits one position earlier, divided by T."""
-    logits = model(torch.tensor([prompt + response])).logits[0] / temperature
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0] / temperature
     before = len(prompt) - 1
     return [logits[before + i].log_softmax(-1)[token] for i, token in enumerate(response)]
 
@@ -38,7 +38,8 @@ def score_of(model: Any, prompt: list[int], response: list[int]) -> float:
 
 
 def _head(model: Any, tokens: list[int]) -> torch.Tensor:
-    return model.score(model.model(torch.tensor([tokens])).last_hidden_state[0])[:, 0]
+    hidden = model.base_model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+    return model.score(hidden)[:, 0]
 
 
 def _normalised(model: Any, raw: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ def test_every_place_it_names_exists():
     places = re.findall(r"`(\w+)\.([\w.]+)`", TEXT)
     modules = {path.stem for path in Path("pipeline").rglob("*.py")}
     named = [last for first, rest in places if first in modules for last in rest.split(".")]
-    fields = re.findall(r"^    (\w+):", Path("pipeline/ppo/settings.py").read_text(), re.MULTILINE)
+    settings = [Path("pipeline/ppo/settings.py"), Path("pipeline/lora.py")]
+    fields = re.findall(r"^    (\w+):", "".join(p.read_text() for p in settings), re.MULTILINE)
     known = names("def", "pipeline") | names("class", "pipeline") | {"py", *fields}
     assert len(named) > 20
     assert not [name for name in named if name not in known]

@@ -32,6 +32,9 @@ OPTIONS = {
     "target_kl": {"optimisation": rates(target_kl=0.002)},
     "ptx": {"optimisation": rates(ptx_coef=0.5), "text": TEXT},
     "synced": {"kl": KL(controller="fixed", reference_rate=1.0)},
+    "critic_warmup": {"optimisation": rates(critic_warmup=1)},
+    "trunk": {"sharing": "trunk"},
+    "lora": {"sharing": "lora"},
     "average": {"kl": KL(controller="fixed", reference_rate=0.3)},
 }
 

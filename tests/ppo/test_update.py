@@ -23,8 +23,13 @@ CASES = {
         "reward": Reward(missing_eos_score=-0.5, clip=0.2, whiten=True, gamma=0.9, lam=0.8),
     },
     "one token": {"max_response_tokens": 1, "reward": Reward(missing_eos_score=None)},
+    "trunk": {"sharing": "trunk"},
+    "lora": {"sharing": "lora"},
     "unequal prompts": {"prompts_per_update": 6, "minibatch_size": 3},
 }
+NEAR = {"trunk": 1e-6}
+"""Llama's norms go back in float32: one pass with two losses rounds otherwise than the reference's
+two. Every other case agrees to 1e-9."""
 UNEQUAL = [[4] * 40, [5], [6, 7], [8] * 23, [9, 3, 4], [2]]
 
 
@@ -33,15 +38,15 @@ def test_updates_equal_the_reference(name):
     case = {"temperature": 0.8, "optimisation": RATES, **CASES[name]}
     ppo = trainer(double=True, **case)
     ppo.prompts = UNEQUAL if name == "unequal prompts" else ppo.prompts
-    slow = SlowPPO(ppo)
+    slow, near = SlowPPO(ppo), NEAR.get(name, 1e-9)
     for number in (0, 1):
         outcome = ppo.update(number)
         expected = slow.update(number, outcome.experience.prompts, outcome.experience.responses)
         for key, value in expected.items():
-            assert outcome.metrics[key] == pytest.approx(value, rel=1e-9, abs=1e-10), key
+            assert outcome.metrics[key] == pytest.approx(value, rel=near, abs=near / 10), key
         plain = [p.detach().flatten() for m in slow.models.values() for p in m.parameters()]
-        assert_close(weights(ppo), torch.cat(plain), tolerance=1e-9)
-        assert ppo.kl.coef == pytest.approx(slow.coef, rel=1e-9)
+        assert_close(weights(ppo), torch.cat(plain), tolerance=near)
+        assert ppo.kl.coef == pytest.approx(slow.coef, rel=near)
     metrics = outcome.metrics
     assert metrics["policy/clip_frac"] > 0
     assert metrics["value/clip_frac"] > 0

@@ -1,15 +1,24 @@
 """Small worlds for the PPO trainer: tiny models, and rewards one can predict."""
 
+import atexit
 import copy
+import functools
+import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import get_peft_model_state_dict
 
+from pipeline.lora import ADAPTER, LoRA, merged, with_adapter, write_adapter
 from pipeline.ppo.experience import Experience, Roles, length_mask
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.ppo.sharing import TrunkValue, share_base
 from pipeline.ppo.trainer import Outcome, PPOTrainer
+from pipeline.reward.training import reward_model_from
 from tests.support import tiny_llama, tiny_reward_model
 
 EOS, PAD, TARGET = 1, 0, 5
@@ -83,15 +92,21 @@ def trainer(
     double: bool = False,
     reward_model: Any = None,
     text: torch.Tensor | None = None,
+    sharing: str = "separate",
     **changes: Any,
 ) -> PPOTrainer:
     """A trainer of tiny models; the policy starts as a copy of the reference."""
     chosen = settings(**changes)
-    reference, reward = tiny_llama(), tiny_reward_model()
-    if double:
-        reference, reward = reference.double(), reward.double()
-    value = copy.deepcopy(reward) if chosen.advantage.needs_value_model else None
-    roles = Roles(copy.deepcopy(reference), reference, reward_model or reward, value)
+    if sharing == "lora":
+        roles = roles_on_one_base(double=double)
+    else:
+        reference, reward = tiny_llama(), tiny_reward_model()
+        if double:
+            reference, reward = reference.double(), reward.double()
+        policy = copy.deepcopy(reference)
+        value = TrunkValue(policy) if sharing == "trunk" else copy.deepcopy(reward)
+        value = value if chosen.advantage.needs_value_model else None
+        roles = Roles(policy, reference, reward_model or reward, value)
     return PPOTrainer(
         roles,
         PROMPTS,
@@ -101,6 +116,43 @@ def trainer(
         pad_id=PAD,
         text=text,
     )
+
+
+@functools.cache
+def parents() -> Path:
+    """A folder with sft and reward; the reward model is an adapter on sft, far from zero."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    sft, reward = folder / "sft", folder / "reward"
+    tiny_llama().save_pretrained(sft)
+    wrapped = with_adapter(
+        reward_model_from(sft, pad_id=PAD, seed=5), LoRA(rank=4), task="SEQ_CLS", seed=6
+    )
+    disturb(wrapped)
+    weights = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    write_adapter(reward / ADAPTER, wrapped.peft_config["default"], weights, base=sft)
+    model = merged(reward_model_from(sft, pad_id=PAD, seed=5), reward / ADAPTER)
+    model.config.reward_mean, model.config.reward_std = 0.25, 2.0
+    model.save_pretrained(reward)
+    return folder
+
+
+def disturb(adapted: Any) -> None:
+    """Draws the B of all adapters, which start at zero."""
+    torch.manual_seed(7)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def roles_on_one_base(*, double: bool) -> Roles:
+    """Four roles on the frozen sft of `parents`."""
+    sft, reward = parents() / "sft", parents() / "reward"
+    roles = share_base(sft, reward, lora=LoRA(rank=4), seed=3, device="cpu", critic=True)
+    if double:
+        for module in (roles.policy.base.model, roles.reward_model.score, roles.value.score):
+            module.double()
+    return roles
 
 
 def invented_outcome(num_rows: int) -> Outcome:

@@ -24,10 +24,12 @@ def stage_config(run: Path) -> StageConfig:
 
 
 def make_models(run: Path) -> None:
-    """Writes sft and reward as finished folders of random weights."""
-    from transformers import AutoModelForSequenceClassification
+    """Writes sft and reward as finished folders of random weights; reward holds an adapter too."""
+    from peft import get_peft_model_state_dict
 
+    from pipeline.lora import ADAPTER, LoRA, merged, with_adapter, write_adapter
     from pipeline.models import build_causal_lm, load_tokenizer
+    from pipeline.reward.training import reward_model_from
 
     config = stage_config(run)
     ours = load_tokenizer(run / "tokenizer")
@@ -39,8 +41,12 @@ def make_models(run: Path) -> None:
         stage.finish("random", chosen={}, summary={}, card="# sft")
     parents["sft"] = open_artifact(run / "sft", kind="causal-lm")
     with begin(config, stage="reward", kind="reward", parents=parents) as stage:
-        torch.manual_seed(1)
-        reward = AutoModelForSequenceClassification.from_pretrained(run / "sft", num_labels=1)
+        fresh = [reward_model_from(run / "sft", pad_id=0, seed=1) for _ in range(2)]
+        wrapped = with_adapter(fresh[0], LoRA(rank=2), task="SEQ_CLS", seed=1)
+        weights = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        folder = stage.path / ADAPTER
+        write_adapter(folder, wrapped.peft_config["default"], weights, base=run / "sft")
+        reward = merged(fresh[1], folder)
         reward.config.reward_mean, reward.config.reward_std = 0.0, 0.1
         reward.save_pretrained(stage.path)
         ours.save_pretrained(stage.path)
@@ -128,6 +134,8 @@ OPTIONS = {
     ],
     "reinforce": ["--advantage.estimator=reinforce", "--kl.controller=fixed"],
     "raw": ["--reward.normalise=false", "--kl.penalty=k2_in_loss"],
+    "trunk": ["--roles=trunk", "--optimisation.critic_warmup=1"],
+    "lora": ["--roles=lora", "--lora.rank=4"],
     "reference": ["--kl.reference_rate=0.5", "--kl.reference_every=2"],
     "losses": [
         "--optimisation.ptx_coef=0.5", "--optimisation.entropy_coef=0.01",
@@ -149,7 +157,9 @@ def test_every_option_makes_a_whole_folder(run_folder, tmp_path, name):
     assert ("value/loss" in names) == (name not in CRITICLESS)
     assert ("kl/loss" in names) == (name in {"grpo", "raw"})
     assert {"ptx/loss", "entropy/loss", "optim/steps"} <= names or name != "losses"
-    assert (folder / "checkpoints/step-2/reference").is_dir() == (name == "reference")
+    moved = {path.stem for path in (folder / "checkpoints/step-2").glob("*.safetensors")}
+    assert ("reference" in moved) == (name == "reference")
+    assert (folder / "adapter").exists() == (name == "lora")
     assert all(row["validation/text_perplexity"] > 1 for row in rows if "validation/kl" in row)
     if name == "raw":
         config = json.loads((folder / "value/config.json").read_text())
@@ -244,12 +254,33 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
         ("--optimisation.epochs=0", "optimisation.epochs: must be positive"),
         ("--optimisation.value_coef=0", "optimisation.value_coef: must be positive"),
         ("--optimisation.max_grad_norm=0", "optimisation.max_grad_norm: must be positive"),
+        ("--roles=shared", "roles: must be one of separate, trunk, lora, got 'shared'"),
+        ("--roles=lora", "lora.rank: roles lora needs it above 0, any other needs 0; got 0"),
+        ("--lora.rank=4", "lora.rank: .*any other needs 0; got 4 with roles separate"),
+        ("--lora.dropout=0.1", "lora.dropout: ppo reads all models without; set it to 0, not 0.1"),
+        (
+            "--roles=lora --lora.rank=4 --kl.reference_rate=0.5",
+            "kl.reference_rate: with roles lora the reference is the frozen base",
+        ),
+        (
+            "--roles=trunk --advantage.estimator=reinforce",
+            "roles: trunk shares the policy with a critic, and reinforce has none",
+        ),
+        (
+            "--optimisation.critic_warmup=1 --advantage.estimator=reinforce",
+            "optimisation.critic_warmup: reinforce has no critic; set it to 0, not 1",
+        ),
+        (
+            "--optimisation.critic_warmup=4",
+            "optimisation.critic_warmup: 4 of 4 updates leave the policy none",
+        ),
+        ("--optimisation.critic_warmup=-1", "optimisation.critic_warmup: must be at least 0"),
         ("--optimisation.learning_rate=1.0e+30", "lower the learning rate"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(run_folder, tmp_path, caplog, word, message):
     run = copy_parents(run_folder, tmp_path / "run")
-    assert ppo.main(words(run, word)) == 2
+    assert ppo.main(words(run, *word.split())) == 2
     line = caplog.records[-1].getMessage()
     assert re.search(message, line), line
     assert "\n" not in line

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import stages.data
 import stages.pretrain
@@ -16,8 +17,10 @@ from pipeline import checkpoint
 from pipeline.config import load
 from pipeline.data.formats import write_rows
 from pipeline.errors import UserError
+from pipeline.lora import LoRA
 from pipeline.reward.settings import Normalisation
 from stages import reward
+from tests.support import assert_close
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 
@@ -88,8 +91,10 @@ def test_the_folder_is_a_plain_classifier_with_constants_and_a_report(run_dir):
     assert np.isfinite(float(scored))
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch):
-    reward.run(config_of(run_dir))
+@pytest.mark.parametrize("lora", [LoRA(), LoRA(rank=4)], ids=["all weights", "lora"])
+def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch, lora):
+    config = config_of(run_dir, lora=lora)
+    reward.run(config)
     straight = (run_dir / "reward" / "model.safetensors").read_bytes()
     logged = (run_dir / "reward" / "metrics.jsonl").read_text()
     shutil.rmtree(run_dir / "reward")
@@ -102,11 +107,32 @@ def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch):
 
     monkeypatch.setattr(checkpoint.StageRun, "save_point", killed_after_two_steps)
     with pytest.raises(KeyboardInterrupt):
-        reward.run(config_of(run_dir))
+        reward.run(config)
     monkeypatch.undo()
-    reward.run(config_of(run_dir))
+    reward.run(config)
     assert (run_dir / "reward" / "model.safetensors").read_bytes() == straight
     assert (run_dir / "reward" / "metrics.jsonl").read_text() == logged
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_with_its_head_is_written_beside_the_merged_model(run_dir):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from pipeline.reward.training import reward_model_from
+
+    reward.run(config_of(run_dir, lora=LoRA(rank=4, alpha=8)))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    base = reward_model_from(run_dir / "sft", pad_id=0, seed=99)
+    merged = AutoModelForSequenceClassification.from_pretrained(run_dir / "reward")
+    drawn = reward_model_from(run_dir / "sft", pad_id=0, seed=1)
+    with torch.no_grad():
+        after = merged(ids).logits
+        adapted = PeftModel.from_pretrained(base, run_dir / "reward" / "adapter")(ids).logits
+    assert_close(adapted, after, tolerance=1e-4)
+    assert not torch.equal(merged.score.weight, drawn.score.weight)  # the head learned too
+    assert not torch.equal(*(next(m.model.layers.parameters()) for m in (merged, drawn)))
+    assert merged.config.reward_std > 0
 
 
 def test_pairs_train_too(run_dir):
@@ -153,6 +179,10 @@ def test_a_diverging_run_stops_before_the_weights_move(run_dir):
         ({"row_type": "text"}, "row_type: must be preferences or guard_preferences, got 'text'"),
         ({"labels": "soft"}, "labels: must be hard or raters, got 'soft'"),
         ({"averaging_layers": -1}, "averaging_layers: must be at least 0, got -1"),
+        (
+            {"averaging_layers": 1, "lora": LoRA(rank=4)},
+            "averaging_layers: an adapter leaves the base as it is; set it or lora.rank to 0",
+        ),
         ({"max_length": 0}, "max_length: must be at least 1, got 0"),
         ({"token_dropout": 1.0}, r"token_dropout: must be in \[0, 1\), got 1.0"),
         ({"lowercase_frac": 1.5}, r"lowercase_frac: must be in \[0, 1\], got 1.5"),

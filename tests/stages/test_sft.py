@@ -16,9 +16,11 @@ import stages.tokenizer
 from pipeline import checkpoint, instructions
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.lora import LoRA
 from pipeline.models import load_tokenizer
 from pipeline.tokenizer import encode_conversation, encode_prompt, encode_response
 from stages import sft
+from tests.support import assert_close
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 IGNORED = -100
@@ -108,8 +110,10 @@ def test_collated_rows_are_padded_on_the_right_and_padding_never_counts():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch):
-    sft.run(config_of(run_dir))
+@pytest.mark.parametrize("lora", [LoRA(), LoRA(rank=4)], ids=["all weights", "lora"])
+def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch, lora):
+    config = replace(config_of(run_dir), lora=lora)
+    sft.run(config)
     artifact = checkpoint.open_artifact(run_dir / "sft", kind="causal-lm")
     shutil.rmtree(run_dir / "sft")
     publish = checkpoint.StageRun.save_point
@@ -121,8 +125,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.StageRun, "save_point", save_point)
         with pytest.raises(KeyboardInterrupt):
-            sft.run(config_of(run_dir))
-    sft.run(config_of(run_dir))
+            sft.run(config)
+    sft.run(config)
     again = checkpoint.open_artifact(run_dir / "sft", kind="causal-lm")
     assert again.digest == artifact.digest
     assert not (run_dir / "sft" / ".trainer").exists()
@@ -148,6 +152,25 @@ def test_the_figures_hold_and_samples_are_written(run_dir, tokenizer):
     assert len(samples) == config.samples
     assert samples[0]["prompt"].endswith("<|end|><|assistant|>")
     assert samples[0]["human"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_is_trained_and_written_beside_the_merged_model(run_dir, tokenizer):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    sft.run(replace(config_of(run_dir, learning_rate=1e-2), lora=LoRA(rank=4, alpha=8)))
+    ids = torch.tensor([encode_prompt(tokenizer, "how are you?")])
+    base = AutoModelForCausalLM.from_pretrained(run_dir / "pretrain")
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "sft")
+    with torch.no_grad():
+        before, after = base(ids).logits, merged(ids).logits
+        adapted = PeftModel.from_pretrained(base, run_dir / "sft" / "adapter")(ids).logits
+    assert_close(adapted, after, tolerance=1e-4)
+    assert float((after - before).abs().max()) > 0.01
+    config = json.loads((run_dir / "sft" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (4, "pretrain")
+    assert config["target_modules"] == sorted(config["target_modules"])
 
 
 def reply_loss(model, row):

@@ -1,0 +1,1 @@
+"""What is measured about the pipeline; each file says its command."""

@@ -1,0 +1,167 @@
+"""Memory of one PPO update by how the roles share weights: four models, one trunk, one base.
+
+Every run is a process of its own on a random Llama of 61M weights in float32, whose short rows
+leave little but weights, gradients and optimizer state to count.
+
+Run     python -m benchmarks.memory          prints the table of docs/ppo.md
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+MODES = ("separate", "trunk", "lora")
+RUNS = 3
+RANK = 16
+SIZES = {
+    "vocab_size": 16384,
+    "hidden_size": 640,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 10,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+PROMPTS = [[2 + row, 3, 4, 5] for row in range(8)]
+
+
+def write_parents(folder: Path) -> None:
+    """Writes sft, and reward with the adapter it was merged from."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.lora import ADAPTER, LoRA, merged, with_adapter, write_adapter
+    from pipeline.reward.training import reward_model_from
+
+    torch.manual_seed(0)
+    sft, reward = folder / "sft", folder / "reward"
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(sft)
+    wrapped = with_adapter(
+        reward_model_from(sft, pad_id=0, seed=0), LoRA(rank=RANK), task="SEQ_CLS", seed=0
+    )
+    weights = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    write_adapter(reward / ADAPTER, wrapped.peft_config["default"], weights, base=sft)
+    model = merged(reward_model_from(sft, pad_id=0, seed=0), reward / ADAPTER)
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    model.save_pretrained(reward)
+
+
+def load_roles(mode: str, folder: Path) -> Any:
+    """Returns the roles as stages/ppo.py loads them."""
+    from pipeline.lora import LoRA
+    from pipeline.models import load_causal_lm, load_reward_model
+    from pipeline.ppo.experience import Roles
+    from pipeline.ppo.sharing import TrunkValue, share_base
+
+    sft, reward = folder / "sft", folder / "reward"
+    if mode == "lora":
+        return share_base(sft, reward, lora=LoRA(rank=RANK), seed=0, device="cpu", critic=True)
+    policy = load_causal_lm(sft)
+    return Roles(
+        policy=policy,
+        reference=load_causal_lm(sft).requires_grad_(False),
+        reward_model=load_reward_model(reward).requires_grad_(False),
+        value=TrunkValue(policy) if mode == "trunk" else load_reward_model(reward),
+    )
+
+
+def update(roles: Any) -> Any:
+    """Returns the trainer after one real update."""
+    from accelerate import Accelerator
+
+    from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+    from pipeline.ppo.trainer import PPOTrainer
+
+    settings = Settings(
+        seed=0, updates=1, prompts_per_update=8, minibatch_size=8, microbatch_size=8,
+        max_response_tokens=8, temperature=1.0, precision="fp32", kl=KL(), reward=Reward(),
+        advantage=Advantage(), optimisation=Optimisation(epochs=1),
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        roles, PROMPTS, settings=settings, accelerator=Accelerator(cpu=True), eos_id=1, pad_id=0
+    )
+    trainer.update(0)
+    return trainer
+
+
+def measure(mode: str, folder: Path) -> dict[str, float]:
+    """Returns megabytes of this process and of what it holds, by kind."""
+    import torch
+
+    import pipeline.ppo.sharing
+    import pipeline.ppo.trainer  # noqa: F401 - the libraries are there before memory is counted
+
+    torch.set_num_threads(1)
+    before = _peak()
+    roles = load_roles(mode, folder)
+    trainer = update(roles)
+    optimiser = trainer.optimiser
+    held = [roles.policy.base.model] if mode == "lora" else [roles.policy, roles.reference]
+    held += [] if mode == "lora" else [roles.reward_model]
+    heads = [role.score for role in (roles.reward_model, roles.value)]
+    held += heads if mode != "separate" else [roles.value]
+    return {
+        "weights": _megabytes(p for module in held for p in module.parameters()),
+        "gradients": _megabytes(p for m in optimiser.models.values() for p in m.parameters()),
+        "optimizer": _megabytes(
+            value
+            for optimizer in optimiser.optimizers.values()
+            for state in optimizer.state.values()
+            for value in state.values()
+        ),
+        "libraries": before,
+        "peak": _peak(),
+    }
+
+
+def _peak() -> float:
+    """Peak resident memory of this process in megabytes; Linux counts it in kilobytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _megabytes(tensors: Iterable[Any]) -> float:
+    """Megabytes of tensors, each storage once."""
+    unique = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return sum(unique.values()) / 1e6
+
+
+def _child(*words: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.memory", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> None:
+    """Prints one row a mode, the median of all runs."""
+    columns = ("weights", "gradients", "optimizer", "libraries", "peak")
+    with tempfile.TemporaryDirectory() as folder:
+        _child("parents", folder)
+        copy = (Path(folder) / "sft" / "model.safetensors").stat().st_size / 1e6
+        sys.stdout.write(f"one copy of the weights: {copy:.0f} MB; medians of {RUNS} runs\n\n")
+        sys.stdout.write(
+            f"| roles | {' | '.join(columns)} | copies |\n|---|---|---|---|---|---|---|\n"
+        )
+        for mode in MODES:
+            runs = [json.loads(_child(mode, folder)) for _ in range(RUNS)]
+            found = {name: median(run[name] for run in runs) for name in columns}
+            cells = " | ".join(f"{found[name]:,.0f}" for name in columns)
+            sys.stdout.write(f"| {mode} | {cells} | {found['weights'] / copy:.2f} |\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    elif sys.argv[1] == "parents":
+        write_parents(Path(sys.argv[2]))
+    else:
+        sys.stdout.write(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
