@@ -1,7 +1,8 @@
 """What PPO reads of the data: prompts, and rows of pretraining text."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -15,23 +16,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a split that fit.
+
+    Attributes:
+        tokens: token ids, up to where a reply begins.
+        texts: the same as they stand in the data: a user's text, or messages.
+        num_dropped: prompts that were too long.
+    """
+
+    tokens: list[list[int]]
+    texts: list[Any]
+    num_dropped: int
+
+
 def read_prompts(
     folder: Path, *, split: str, tokenizer: "PreTrainedTokenizerFast", max_tokens: int
-) -> tuple[list[list[int]], int]:
-    """Returns a split's prompts as token ids, and how many were dropped as too long.
+) -> Prompts:
+    """Returns a split's prompts, without those of more than max_tokens tokens.
 
     Raises:
         UserError: all of them are too long.
     """
     rows = read_rows(folder, "prompts", split=split)
-    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    kept = [tokens for tokens in encoded if len(tokens) <= max_tokens]
+    encoded = [(encode_prompt(tokenizer, row["prompt"]), row["prompt"]) for row in rows]
+    kept = [(tokens, text) for tokens, text in encoded if len(tokens) <= max_tokens]
     if not kept:
         raise UserError(
             f"{folder}: none of the {len(rows)} {split} prompts has at most {max_tokens} tokens; "
             "raise max_prompt_tokens"
         )
-    return kept, len(encoded) - len(kept)
+    tokens, texts = (list(column) for column in zip(*kept, strict=True))
+    return Prompts(tokens, texts, len(encoded) - len(kept))
 
 
 def read_text(

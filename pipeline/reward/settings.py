@@ -30,6 +30,12 @@ class RewardConfig(StageConfig):
 
     row_type: str = "preferences"
     """Rows that are trained on: preferences or guard_preferences."""
+    init_from: str = ""
+    """Model folder or hub id to start from with its own tokenizer, an encoder (BERT) perhaps; the
+    stage sft and its tokenizer when empty."""
+    share_prompts: bool = True
+    """Reads a prompt once for all texts that answer it, by the model's standard cache; false reads
+    every text whole, as models from elsewhere always do."""
     max_length: int = 128
     """Longest prompt and response together in tokens; longer texts are left out and counted."""
     min_gap: float = 0.25

@@ -12,7 +12,8 @@ from pipeline.reward import constants
 from pipeline.reward.baseline import bag_of_words_scores, sampled_pairs
 from pipeline.reward.constants import sample_replies, score_constants
 from pipeline.reward.data import Encoded, Ranking, RankingCollator, features
-from pipeline.reward.training import RankingTrainer, add_dropout, raw_scores, reward_model_from
+from pipeline.reward.scores import raw_scores
+from pipeline.reward.training import RankingTrainer, add_dropout, reward_model_from
 from tests.support import assert_close, tiny_llama, tiny_reward_model
 
 TOKENS = SimpleNamespace(eos_token_id=1, pad_token_id=0)
@@ -74,6 +75,18 @@ def test_the_loss_is_the_mean_over_comparisons_however_texts_are_cut():
     for texts_per_forward in (1, 3, 8):
         found = loss_of(model, rows, texts_per_forward=texts_per_forward, comparisons=total)
         assert_close(found, expected, tolerance=1e-6)
+
+
+def test_texts_that_are_read_whole_have_the_same_loss():
+    model, rows = tiny_reward_model().double(), [row(1, num_texts=5), row(2, num_texts=3)]
+    total = sum(len(each["better"]) for each in rows)
+    batch = RankingCollator(pad_id=0, texts_per_forward=3, whole=True)(rows)
+    assert "prompts" not in batch
+    process = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    found = RankingTrainer.compute_loss(
+        process, model, batch, num_items_in_batch=torch.tensor(total)
+    )
+    assert_close(found, slow_loss(model, rows), tolerance=1e-6)
 
 
 def test_the_gradient_flows_through_the_prompt_that_texts_share():
