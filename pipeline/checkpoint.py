@@ -108,6 +108,13 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
     return Artifact(path, manifest)
 
 
+def foreign_artifact(path: Path, *, kind: str) -> Artifact:
+    """Returns a folder or a file from outside the run as a parent: its files are its identity."""
+    files = files_of(path) if path.is_dir() else {path.name: {"sha256": sha256_file(path)}}
+    content = {"stage": "", "kind": kind, "config": {}, "parents": {}, "files": files}
+    return Artifact(path, {"content": content})
+
+
 @dataclass
 class StageRun:
     """A stage at work in its folder; see `begin`."""
@@ -253,7 +260,7 @@ def begin(
     digests = {name: parent.digest for name, parent in parents.items()}
     key = digest_of({"config": config.content(), "parents": digests})
     run = StageRun(config.folder(stage), stage, kind, config, parents, key)
-    _agree(lambda: _open(run))
+    distributed.on_main(lambda: _open(run))
     try:
         yield run
     except UserError:
@@ -271,19 +278,6 @@ def _open(run: StageRun) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     run.earlier_seconds = _prepare(run)
     run.tracker = open_tracker(run.config, stage=run.stage, digest=run.key)
-
-
-def _agree(action: Callable[[], None]) -> None:
-    """Acts on the main process; what it raises is raised on every process, so that none waits."""
-    outcome: UserError | UpToDate | None = None
-    if distributed.is_main():
-        try:
-            action()
-        except (UserError, UpToDate) as error:
-            outcome = error
-    outcome = distributed.gather_objects(outcome)[0]
-    if outcome is not None:
-        raise outcome
 
 
 def _check_lineage(parents: Mapping[str, Artifact]) -> None:

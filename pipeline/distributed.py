@@ -2,13 +2,16 @@
 
 import os
 import platform
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import StageConfig
-from pipeline.errors import UserError
+from pipeline.errors import UpToDate, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -99,3 +102,22 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Acts on the main process alone; what it returns or raises is every process's, so none waits.
+
+    Raises:
+        UserError: the action did.
+        UpToDate: the action did.
+    """
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = action()
+        except (UserError, UpToDate) as error:
+            outcome = error
+    outcome = gather_objects(outcome)[0]
+    if isinstance(outcome, UserError | UpToDate):
+        raise outcome
+    return outcome

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from pipeline.architecture import Architecture
 from pipeline.config import require
@@ -78,34 +78,90 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, quantisation=quantisation)
+    return _load(AutoModelForCausalLM, path, quantization_config=quantisation)
 
 
-def load_reward_model(path: Path | str) -> "PreTrainedModel":
-    """Returns the reward model of a folder in float32, in evaluation mode.
+def load_classifier(path: Path | str) -> "PreTrainedModel":
+    """Returns the sequence classifier of a folder in float32, in evaluation mode.
 
     Raises:
-        UserError: it has not exactly one label, or lacks the normalisation constants.
+        UserError: it has not exactly one label.
     """
     from transformers import AutoModelForSequenceClassification
 
     model = _load(AutoModelForSequenceClassification, path)
     require(model.config.num_labels == 1, f"{path} is no reward model: it has several labels")
+    return model
+
+
+def load_reward_model(path: Path | str) -> "PreTrainedModel":
+    """Returns the reward model of a stage's folder in float32, in evaluation mode.
+
+    Raises:
+        UserError: it has not exactly one label, or lacks the normalisation constants.
+    """
+    model = load_classifier(path)
     require(
-        hasattr(model.config, "reward_mean") and hasattr(model.config, "reward_std"),
-        f"{path}/config.json lacks reward_mean and reward_std. Run: make reward",
+        has_constants(model),
+        f"{path}/config.json lacks reward_mean and reward_std. Run: make {Path(path).name} FORCE=1",
     )
     return model
 
 
-def _load(auto_class: Any, path: Path | str, *, quantisation: Any = None) -> "PreTrainedModel":
+def has_constants(model: Any) -> bool:
+    """Returns whether a reward model knows mean and deviation of the SFT model's scores."""
+    return {"reward_mean", "reward_std"} <= model.config.to_dict().keys()
+
+
+def reads_last_token(model: Any) -> bool:
+    """Returns whether a classifier reads its score at the last token, as decoders do.
+
+    Transformers calls the head `score` there, and otherwise in encoders.
+    """
+    return "score" in dict(model.named_children())
+
+
+def load_with_new_head(
+    path: Path | str, *, pad_id: int, seed: int = 0, quantisation: Any = None
+) -> "PreTrainedModel":
+    """Returns a classifier with one label, its last layer 0, on the body of the model in a folder.
+
+    Layers between body and last layer, which encoders have, are drawn as Transformers does. In
+    float32, or the body as `pipeline.lora.quantisation` says.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the head that is reported missing is meant to be new
+    torch.manual_seed(seed)
+    try:
+        model = _load(
+            AutoModelForSequenceClassification,
+            path,
+            num_labels=1,
+            quantization_config=quantisation,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    model.config.pad_token_id = pad_id
+    model.config.id2label, model.config.label2id = {0: "score"}, {"score": 0}
+    with torch.no_grad():
+        for parameter in head_of(model).parameters():
+            parameter.zero_()
+    return model
+
+
+def head_of(model: Any) -> nn.Linear:
+    """Returns the layer that gives the score: the last linear one with a single output."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return [layer for layer in layers if layer.out_features == 1][-1]
+
+
+def _load(auto_class: Any, path: Path | str, **options: Any) -> "PreTrainedModel":
     try:
         model = auto_class.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            quantization_config=quantisation,
+            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model could be loaded from there ({error})") from error
@@ -161,7 +217,8 @@ def last_token_scores(
     """Returns raw scores read at the last real token of each row, float32 or wider."""
     batch = collate(prompts, responses, pad_id=pad_id).to(model.device)
     hidden = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    last = batch.attention_mask.sum(dim=1) - 1
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    last = torch.where(batch.attention_mask, columns, -1).max(dim=1).values  # padding on any side
     rows = torch.arange(len(last), device=last.device)
     raw: Tensor = model.score(hidden[rows, last])[:, 0]
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
@@ -181,13 +238,61 @@ def score_responses(
     Rows are scored in the order of their lengths, so that batches hold little padding.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    scores = torch.zeros(len(order))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    scores = torch.zeros(len(lengths))
+    for chosen in by_length(lengths, batch_size=batch_size):
         raw = last_token_scores(
             model, [prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=pad_id
         )
         scores = scores.to(raw.dtype)  # float64 stays float64
         scores[chosen] = raw.cpu()
     return (scores - model.config.reward_mean) / model.config.reward_std
+
+
+def by_length(lengths: Sequence[int], *, batch_size: int) -> list[list[int]]:
+    """Returns the rows of every batch, in the order of their lengths."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], *, pad_id: int, separator: int | None = None
+) -> dict[str, Int[Tensor, "text time"]]:
+    """Returns right-padded sequences as a model takes them: attention_mask is 1 on real tokens.
+
+    Args:
+        sequences: token ids.
+        pad_id: token id of the padding.
+        separator: token that ends the first segment of two, as token_type_ids then say; None
+            leaves them out.
+    """
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_id)
+    attention_mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[row, : len(sequence)] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if separator is not None:
+        ends = (input_ids == separator).long()
+        second = (ends.cumsum(dim=1) - ends > 0).long()  # a separator belongs to what it ends
+        inputs["token_type_ids"] = second * attention_mask
+    return inputs
+
+
+@torch.no_grad()
+def whole_text_scores(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    separator: int | None = None,
+    batch_size: int = 64,
+) -> Float[Tensor, "text"]:
+    """Returns the raw scores of a classifier's own forward pass, of whichever kind it is."""
+    scores = torch.zeros(len(sequences))
+    for chosen in by_length([len(ids) for ids in sequences], batch_size=batch_size):
+        rows = [sequences[row] for row in chosen]
+        inputs = pad_right(rows, pad_id=pad_id, separator=separator)
+        inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
+        scores[chosen] = model(**inputs).logits[:, 0].float().cpu()
+    return scores

@@ -66,7 +66,7 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> list[int]:
     """
     return list(
         tokenizer.apply_chat_template(
-            _messages(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
+            messages_of(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
         )
     )
 
@@ -149,5 +149,6 @@ def _marked_template(tokenizer: "Tokenizer", origin: str) -> str:
     return patched or template
 
 
-def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
+    """Returns a prompt as messages: a text is the user's."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -26,6 +26,7 @@ from pipeline.storage import write_json
 if TYPE_CHECKING:
     from pipeline.evaluation.judge import Models, Prompts
     from pipeline.evaluation.records import Record
+    from pipeline.reward.reading import Reading
 
 log = logging.getLogger(__name__)
 
@@ -152,17 +153,28 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
         texts=[prompt_text(row["prompt"]) for row, _ in chosen],
         groups=[row["group"] for row, _ in chosen],
         tokens=[tokens for _, tokens in chosen],
+        messages=[row["prompt"] for row, _ in chosen],
     )
     return prompts, len(rows) - len(usable)
 
 
-def load_models(parents: Mapping[str, Artifact], *, device: Any) -> "Models":
-    """Returns every model of the run on a device, after checking that they share a vocabulary."""
+def load_models(
+    parents: Mapping[str, Artifact], prompts: "Prompts", *, device: Any, batch_size: int
+) -> "tuple[Models, Reading]":
+    """Returns every model of the run on a device, and how the reward model reads text.
+
+    Raises:
+        UserError: language models of different vocabularies, or a reward model of another one that
+            was not meant to have it.
+    """
     from pipeline.evaluation.judge import Models
     from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
+    from pipeline.ppo.scorers import model_scorer
+    from pipeline.ppo.sources import reading_of
+    from pipeline.reward.reading import Words
 
     tokenizer = load_tokenizer(parents["sft"].path)
-    for name in ("pretrain", "reward", "ppo"):
+    for name in ("pretrain", "ppo"):
         theirs = load_tokenizer(parents[name].path)
         require(
             theirs.get_vocab() == tokenizer.get_vocab(),
@@ -170,12 +182,16 @@ def load_models(parents: Mapping[str, Artifact], *, device: Any) -> "Models":
             "models of one run must share it",
         )
     lms = {name: load_causal_lm(parents[name].path) for name in ("sft", "ppo", "pretrain")}
-    reward = load_reward_model(parents["reward"].path)
-    return Models(
+    reading = reading_of(parents["reward"], tokenizer=tokenizer)
+    reward = load_reward_model(parents["reward"].path).to(device)
+    words = Words.behind(prompts.tokens, prompts.messages, tokenizer=tokenizer)
+    models = Models(
         **{name: model.to(device) for name, model in lms.items()},
-        reward=reward.to(device),
+        reward=reward,
+        scorer=model_scorer(reward, reading, words=words, name="reward", batch_size=batch_size),
         tokenizer=tokenizer,
     )
+    return models, reading
 
 
 def measure(
@@ -201,7 +217,7 @@ def measure(
 
 
 def report_on_ratings(
-    models: "Models", parents: Mapping[str, Artifact], *, seed: int
+    models: "Models", parents: Mapping[str, Artifact], *, reading: "Reading", seed: int
 ) -> dict[str, Any]:
     """Returns the reward model's report on the test texts, as it was trained to read them."""
     from pipeline.reward.held_out import held_out_report
@@ -209,7 +225,7 @@ def report_on_ratings(
     trained = parents["reward"].config
     return held_out_report(
         models.reward,
-        tokenizer=models.tokenizer,
+        reading=reading,
         data=parents["data"].path,
         split="test",
         row_type=trained["row_type"],
@@ -269,7 +285,9 @@ def run(config: Config) -> None:
         from pipeline.evaluation.markdown import headline, results_markdown
         from pipeline.evaluation.targets import figures
 
-        models = load_models(parents, device=accelerator.device)
+        models, reading = load_models(
+            parents, prompts, device=accelerator.device, batch_size=config.batch_size
+        )
         limit = parents["ppo"].config["max_response_tokens"]
         records = measure(models, prompts, config, max_response_tokens=limit)
         results = compare(
@@ -278,7 +296,9 @@ def run(config: Config) -> None:
             bootstrap_samples=config.bootstrap_samples,
             seed=config.seed,
         )
-        results["reward_model"] = report_on_ratings(models, parents, seed=config.seed)
+        results["reward_model"] = report_on_ratings(
+            models, parents, reading=reading, seed=config.seed
+        )
         results |= {"max_response_tokens": limit, "prompts_left_out": num_left_out}
         flat = figures(results)
         stage.log(0, {f"evaluate/{name}": value for name, value in flat.items()})

@@ -1,8 +1,9 @@
 """Aligns the SFT model with the reward model by PPO under a KL penalty.
 
-Reads   runs/<recipe>/{data,sft,reward}, with a guard also reward_guard; of the data the prompts of
-        the training and validation splits, and the pretraining text (validation: the alignment
-        tax; training: PPO-ptx).
+Reads   runs/<recipe>/{data,sft,reward}, with a guard also reward_guard, with reward.sources what
+        they name (reward then only if named); of the data the prompts of the training and
+        validation splits, and the pretraining text (validation: the alignment tax; training:
+        PPO-ptx).
 Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its tokenizer, adapter/
         (where roles is lora), value/ (the critic, if advantages need one), best/ (where a guard
         chose one), rollouts/ (some, token by token), metrics, timings and samples of every
@@ -10,19 +11,23 @@ Writes  runs/<recipe>/ppo: the policy as a Hugging Face model folder with its to
 Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
+from pipeline.errors import UserError
 from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings, check_roles
+from pipeline.ppo.sources import Loader, open_source, reads_tokens
 from pipeline.progress import progress
 from pipeline.storage import read_jsonl
 
@@ -33,8 +38,10 @@ if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.ppo.validation import Validation
 
-PARENTS = {"data": "dataset", "sft": "causal-lm", "reward": "reward"}
-GUARD = {"reward_guard": "reward"}
+log = logging.getLogger(__name__)
+
+PARENTS = {"data": "dataset", "sft": "causal-lm"}
+GUARD = "reward_guard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +113,9 @@ class Config(StageConfig):
             f"advantage.responses_per_prompt: {self.advantage.responses_per_prompt} does not "
             f"divide prompts_per_update {self.prompts_per_update}",
         )
-        require(
-            self.prompts_per_update >= self.num_processes,
-            f"prompts_per_update: {self.prompts_per_update} is less than the processes",
-        )
+        for name in ("prompts_per_update", "validation_prompts"):
+            value = getattr(self, name)
+            require(value >= self.num_processes, f"{name}: {value} is less than the processes")
         check_roles(
             self.roles,
             lora=self.lora,
@@ -155,41 +161,46 @@ class Config(StageConfig):
         )
 
 
+def open_parents(config: Config) -> dict[str, Artifact]:
+    """Returns what the run is made from: stages, and sources of its reward from elsewhere."""
+    parents = {
+        name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
+    }
+    for source in config.reward.used_sources:
+        name, parents[name] = open_source(source, folder=config.folder)
+    if config.guard.every:
+        parents[GUARD] = open_artifact(config.folder(GUARD), kind="reward")
+    return parents
+
+
 def load_roles(
-    config: Config, sft: Artifact, reward: Artifact, *, accelerator: "Accelerator"
+    config: Config, sft: Artifact, reward: Artifact | None, *, accelerator: "Accelerator"
 ) -> "Roles":
     """Returns policy and reference from sft, reward model and value model from reward.
 
-    A critic on the policy's trunk comes from nowhere: its head is new.
+    Raises:
+        UserError: adapters on one base are wanted, and no reward model on that base scores.
     """
-    from pipeline.models import (
-        load_causal_lm,
-        load_reward_model,
-        load_tokenizer,
-        take_raw_scores,
-    )
+    from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer, take_raw_scores
     from pipeline.ppo.experience import Roles
-    from pipeline.ppo.sharing import TrunkValue, share_base
+    from pipeline.ppo.sharing import share_base
 
-    require(
-        load_tokenizer(sft.path).get_vocab() == load_tokenizer(reward.path).get_vocab(),
-        f"{reward.path} has another tokenizer than {sft.path}. Run: make reward FORCE=1",
-    )
     device, critic = accelerator.device, config.advantage.needs_value_model
+    tokens = reward and reads_tokens(reward, tokenizer=load_tokenizer(sft.path))
+    path = reward.path if reward and tokens else None
     if config.roles == "lora":
+        if path is None:
+            raise UserError("roles: lora needs the stage reward among reward.sources")
         roles = share_base(
-            sft.path, reward.path, lora=config.lora, seed=config.seed, device=device, critic=critic
+            sft.path, path, lora=config.lora, seed=config.seed, device=device, critic=critic
         )
     else:
-        policy, value = load_causal_lm(sft.path).to(device), None
-        if critic:
-            trunk = config.roles == "trunk"
-            value = TrunkValue(policy) if trunk else load_reward_model(reward.path).to(device)
+        policy = load_causal_lm(sft.path).to(device)
         roles = Roles(
             policy=policy,
             reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
-            reward_model=load_reward_model(reward.path).to(device).requires_grad_(False),
-            value=value,
+            reward_model=path and load_reward_model(path).to(device).requires_grad_(False),
+            value=load_critic(config, policy, sft=sft.path, reward=path) if critic else None,
         )
     if not config.reward.normalise:
         for model in filter(None, (roles.reward_model, roles.value)):
@@ -197,19 +208,28 @@ def load_roles(
     return roles
 
 
-def load_watch(config: Config, parents: dict[str, Artifact], *, device: Any) -> Watch | None:
-    """Returns the guard at its watch, or None where none is configured."""
-    from pipeline.models import load_reward_model, load_tokenizer
+def load_critic(config: Config, policy: Any, *, sft: Path, reward: Path | None) -> Any:
+    """Returns the value model: a head on the policy's trunk, or a model of its own.
 
-    if not config.guard.every:
-        return None
-    path, sft = parents["reward_guard"].path, parents["sft"].path
-    require(
-        load_tokenizer(sft).get_vocab() == load_tokenizer(path).get_vocab(),
-        f"{path} has another tokenizer than {sft}. Run: make reward_guard FORCE=1",
+    That starts from the reward model, or where none reads the policy's tokens, from the SFT
+    model's body with a head of 0.
+    """
+    from pipeline.models import (
+        load_reward_model,
+        load_tokenizer,
+        load_with_new_head,
+        take_raw_scores,
     )
-    model = load_reward_model(path).to(device).requires_grad_(False)
-    return Watch(model, patience=config.guard.patience)
+    from pipeline.ppo.sharing import TrunkValue
+
+    if config.roles == "trunk":
+        return TrunkValue(policy)
+    if reward is not None:
+        return load_reward_model(reward).to(policy.device)
+    value = load_with_new_head(sft, pad_id=load_tokenizer(sft).pad_token_id).to(policy.device)
+    take_raw_scores(value)
+    log.info("ppo: the value model starts from %s with a head of 0", sft)
+    return value
 
 
 def build_trainer(
@@ -217,51 +237,61 @@ def build_trainer(
 ) -> "tuple[PPOTrainer, Validation, dict[str, Any]]":
     """Returns the trainer, the validation, and what was counted on the way."""
     from pipeline.models import choose_precision, load_tokenizer
-    from pipeline.ppo.inputs import read_prompts, read_text
+    from pipeline.ppo.inputs import read_inputs
+    from pipeline.ppo.scorers import Divided
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.ppo.validation import Validation
+    from pipeline.reward.reading import Words
 
     tokenizer = load_tokenizer(parents["sft"].path)
-    roles = load_roles(config, parents["sft"], parents["reward"], accelerator=accelerator)
+    roles = load_roles(config, parents["sft"], parents.get("reward"), accelerator=accelerator)
     context = roles.policy.config.max_position_embeddings
     longest = config.max_prompt_tokens + config.max_response_tokens
     require(
         longest <= context,
         f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
     )
-    data = parents["data"].path
-    splits = {
-        split: read_prompts(
-            data, split=split, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
-        )
-        for split in ("train", "validation")
-    }
-    wanted = {
-        "train": config.optimisation.ptx_coef > 0,
-        "validation": (data / "text-validation.parquet").is_file(),
-    }
-    text = {
-        split: read_text(data, split=split, tokenizer=tokenizer, length=longest)
-        for split, needed in wanted.items()
-        if needed
-    }
+    splits, text = read_inputs(
+        parents["data"].path,
+        tokenizer=tokenizer,
+        max_tokens=config.max_prompt_tokens,
+        text_length=longest,
+        ptx=config.optimisation.ptx_coef > 0,
+    )
+    settings = config.settings(choose_precision(config.precision))
+    loader = Loader(
+        parents=parents,
+        roles=roles,
+        words=Words.behind(
+            [tokens for prompts in splits.values() for tokens in prompts.tokens],
+            [text for prompts in splits.values() for text in prompts.texts],
+            tokenizer=tokenizer,
+        ),
+        prompts=splits["train"].texts,
+        settings=settings,
+    )
     trainer = PPOTrainer(
         roles,
-        splits["train"][0],
-        settings=config.settings(choose_precision(config.precision)),
+        splits["train"].tokens,
+        settings=settings,
         accelerator=accelerator,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
+        rewards=loader.rewards(),
         text=text.get("train"),
     )
+    watch = None
+    if config.guard.every:
+        guard = Divided(loader.by_model(parents[GUARD], name=GUARD))
+        watch = Watch(guard, patience=config.guard.patience)
     validation = Validation(
         trainer,
-        splits["validation"][0][: config.validation_prompts],
+        splits["validation"].tokens[: config.validation_prompts],
         tokenizer=tokenizer,
-        watch=load_watch(config, parents, device=accelerator.device),
+        watch=watch,
         text=text.get("validation"),
     )
-    counts = {f"prompts_dropped_{split}": dropped for split, (_, dropped) in splits.items()}
+    counts = {f"prompts_dropped_{name}": split.num_dropped for name, split in splits.items()}
     return trainer, validation, counts
 
 
@@ -318,9 +348,9 @@ def card(config: Config, first: dict[str, float], last: dict[str, float], *, upd
     rows = "\n".join(f"| {name} | {first[name]:.3f} | {last[name]:.3f} |" for name in sorted(last))
     return f"""# PPO policy of {config.run_dir.name}
 
-The SFT model of this run, aligned with its reward model by {updates} PPO updates of
-{config.prompts_per_update} prompts under a KL penalty ({config.kl.controller} controller). The
-reward model learned what raters call positive: sentiment, not helpfulness.
+The SFT model of this run, aligned with {config.reward.described} by {updates} PPO updates of
+{config.prompts_per_update} prompts under a KL penalty ({config.kl.controller} controller). A
+reward model of this pipeline learned what raters call positive: sentiment, not helpfulness.
 
 On {config.validation_prompts} validation prompts, before and after:
 
@@ -337,10 +367,7 @@ def run(config: Config) -> None:
         UserError: a parent does not fit, a size does not divide, or a run-time check failed.
     """
     accelerator = setup(config)
-    parents = {
-        name: open_artifact(config.folder(name), kind=kind)
-        for name, kind in (PARENTS | (GUARD if config.guard.every else {})).items()
-    }
+    parents = open_parents(config)
     with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
         trainer, validation, counts = build_trainer(config, parents, accelerator=accelerator)
         train(config, stage, trainer, validation)
@@ -350,7 +377,11 @@ def run(config: Config) -> None:
         stage.finish(
             f"score {first['validation/score']:.2f} -> {last['validation/score']:.2f} "
             f"at KL {last['validation/kl']:.2f} nats, {done} of {config.updates} updates",
-            chosen={"precision": trainer.settings.precision, "world_size": world_size()},
+            chosen={
+                "precision": trainer.settings.precision,
+                "world_size": world_size(),
+                **({"constants": measured} if (measured := trainer.rewards.measured) else {}),
+            },
             summary={**last, **counts, "updates": done},
             card=card(config, first, last, updates=done),
         )

@@ -76,7 +76,9 @@ def test_a_reward_model_needs_one_label_and_its_constants(tmp_path):
     assert not loaded.training  # dropout is off
     del model.config.reward_mean
     model.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="lacks reward_mean and reward_std"):
+    with pytest.raises(
+        UserError, match="bare/config.json lacks reward_mean and reward_std. Run: make bare FORCE=1"
+    ):
         load_reward_model(tmp_path / "bare")
     tiny_llama().save_pretrained(tmp_path / "lm")
     with pytest.raises(UserError, match="several labels"):

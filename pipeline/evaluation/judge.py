@@ -9,18 +9,21 @@ from pipeline.evaluation.gold import gold_scores
 from pipeline.evaluation.likelihood import divergence, negative_log_likelihood
 from pipeline.evaluation.records import Draw, Judged, Record
 from pipeline.evaluation.sampling import Reply, Sampling, pad_id_of, sample
-from pipeline.models import score_responses
+from pipeline.ppo.scorers import Scorer
 from pipeline.progress import progress
+from pipeline.tokenizer import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The models of an evaluation, all with one vocabulary."""
+    """The models of an evaluation; the language models have one vocabulary."""
 
     sft: PreTrainedModel
     ppo: PreTrainedModel
     pretrain: PreTrainedModel
     reward: PreTrainedModel
+    scorer: Scorer
+    """Normalised scores by the reward model, of rows in the policies' tokens."""
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -35,6 +38,8 @@ class Prompts:
     """Conversation of each prompt."""
     tokens: list[list[int]]
     """Token ids, ending where the reply starts."""
+    messages: Sequence[Prompt] = ()
+    """The same as they stand in the data, for a reward model that reads text; of all prompts."""
 
     def only(self, chosen: Container[int]) -> "Prompts":
         """Returns the prompts whose row number is chosen."""
@@ -110,17 +115,8 @@ def _reply(
     )
 
 
-def _rewards(
-    models: Models, *, prompts: Prompts, replies: Sequence[Reply], batch_size: int
-) -> list[float]:
-    scores = score_responses(
-        models.reward,
-        prompts.tokens,
-        [reply.tokens for reply in replies],
-        pad_id=pad_id_of(models.tokenizer),
-        batch_size=batch_size,
-    )
-    return [float(score) for score in scores]
+def _rewards(models: Models, *, prompts: Prompts, replies: Sequence[Reply]) -> list[float]:
+    return models.scorer(prompts.tokens, [reply.tokens for reply in replies]).tolist()
 
 
 def _judged(
@@ -136,7 +132,7 @@ def _judged(
     columns = zip(
         replies,
         gold_scores([reply.text for reply in replies]),
-        _rewards(models, prompts=prompts, replies=replies, batch_size=batch_size),
+        _rewards(models, prompts=prompts, replies=replies),
         nll.tolist(),
         strict=True,
     )
@@ -164,7 +160,7 @@ def _draws(
     for draw in progress(range(1, draws + 1), total=draws, description="best-of-n"):
         replies = _reply(models.sft, models=models, prompts=some, sampling=sampling, draw=draw)
         texts = [reply.text for reply in replies]
-        rewards = _rewards(models, prompts=some, replies=replies, batch_size=sampling.batch_size)
+        rewards = _rewards(models, prompts=some, replies=replies)
         columns = zip(some.rows, texts, gold_scores(texts), rewards, strict=True)
         for row, text, gold, reward in columns:
             found[row].append(Draw(text=text, gold=gold, reward=reward))

@@ -1,14 +1,14 @@
 """One update's rollout with everything that was measured on it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.models import score_responses
+from pipeline.models import by_length
 from pipeline.ppo.kl import k1
 from pipeline.sequences import (
     Batch,
@@ -31,14 +31,16 @@ class Roles:
     Attributes:
         policy: causal LM being trained.
         reference: the SFT model, frozen; moved between updates where settings say so.
-        reward_model: frozen sequence classifier with normalisation constants.
-        value: sequence classifier started from the reward model, or a head on the policy's trunk,
-            being trained; None for advantages that need no critic.
+        reward_model: frozen sequence classifier with normalisation constants that reads the
+            policy's tokens; None where something else scores.
+        value: sequence classifier started from the reward model if there is one, else from the
+            SFT model, or a head on the policy's trunk, being trained; None for advantages that
+            need no critic.
     """
 
     policy: Any
     reference: Any
-    reward_model: Any
+    reward_model: Any | None
     value: Any | None
 
     @property
@@ -65,8 +67,9 @@ class Experience:
         ref_logprobs: log pi_ref, 0 outside the mask.
         values: value of the state before each token, 0 outside the mask and without a critic.
         entropy: entropy of pi at each token in nats, 0 outside the mask.
-        scores: the reward model's normalised score of each response.
+        scores: the normalised score of each response.
         ended: True where the response holds its EOS.
+        parts: the scores by each of several sources, by name.
     """
 
     prompts: list[list[int]]
@@ -78,6 +81,7 @@ class Experience:
     entropy: Float[Tensor, "batch time"]
     scores: Float[Tensor, "batch"]
     ended: Bool[Tensor, "batch"]
+    parts: Mapping[str, Float[Tensor, "batch"]] = field(default_factory=dict)
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -125,17 +129,15 @@ def measure(
     pad_id: int,
     batch_size: int,
 ) -> dict[str, list[Any]]:
-    """Returns per row: logprobs, ref_logprobs, values, entropy (lists of tensors) and scores.
+    """Returns per row: logprobs, ref_logprobs, values and entropy of its tokens.
 
     Rows are measured in the order of their lengths, so that batches hold little padding.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     rows: dict[str, list[Any]] = {
-        name: [None] * len(order) for name in ("logprobs", "ref_logprobs", "values", "entropy")
+        name: [None] * len(lengths) for name in ("logprobs", "ref_logprobs", "values", "entropy")
     }
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length(lengths, batch_size=batch_size):
         batch = collate([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=pad_id)
         batch = batch.to(roles.policy.device)
         measured = _measure_batch(roles, batch, temperature=temperature)
@@ -143,10 +145,7 @@ def measure(
         for name, tokens in measured.items():
             for row, part in zip(chosen, tokens.cpu().split(counts), strict=True):
                 rows[name][row] = part
-    scores = score_responses(
-        roles.reward_model, prompts, responses, pad_id=pad_id, batch_size=batch_size
-    )
-    return {**rows, "scores": scores.tolist()}
+    return rows
 
 
 def _measure_batch(roles: Roles, batch: Batch, *, temperature: float) -> dict[str, Tensor]:
@@ -170,6 +169,8 @@ def assemble(
     responses: list[list[int]],
     measured: dict[str, list[Any]],
     *,
+    scores: Float[Tensor, "batch"],
+    parts: Mapping[str, Float[Tensor, "batch"]],
     eos_id: int,
 ) -> Experience:
     """Returns the rows of all ranks as one Experience."""
@@ -182,7 +183,8 @@ def assemble(
         prompts=prompts,
         responses=responses,
         mask=mask,
-        scores=torch.tensor(measured["scores"], dtype=tokens["logprobs"].dtype),
+        scores=scores.to(tokens["logprobs"].dtype),
         ended=torch.tensor([response[-1] == eos_id for response in responses]),
+        parts=parts,
         **tokens,
     )

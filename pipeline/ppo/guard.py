@@ -8,13 +8,14 @@ score, which belongs to `evaluate`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from pipeline.ppo.scorers import Scorer
     from pipeline.ppo.trainer import PPOTrainer
 
 DROP = 0.1
@@ -58,8 +59,8 @@ class Watch:
         looks: judged looks, by the number of updates done.
     """
 
-    def __init__(self, model: Any, *, patience: int) -> None:
-        self.model, self.patience = model, patience
+    def __init__(self, scorer: "Scorer", *, patience: int) -> None:
+        self.scorer, self.patience = scorer, patience
         self.looks: dict[int, Look] = {}
 
     @property
@@ -79,7 +80,6 @@ class Watch:
         *,
         score: float,
         update: int,
-        pad_id: int,
     ) -> float:
         """Returns the guard's mean normalised score of the replies, and remembers the look.
 
@@ -88,11 +88,8 @@ class Watch:
             responses: token ids.
             score: the reward model's mean score of the same replies.
             update: updates done.
-            pad_id: token of the padding.
         """
-        from pipeline.models import score_responses
-
-        found = float(score_responses(self.model, prompts, responses, pad_id=pad_id).mean())
+        found = float(self.scorer(prompts, responses).mean())
         self.looks[update] = (found, score)
         return found
 

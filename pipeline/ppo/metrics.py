@@ -15,30 +15,39 @@ MOMENTS = {"policy/ratio": "policy/ratio_mean", "policy/ratio_squared": "policy/
 
 
 def objective(
-    experience: Experience, scores: Float[Tensor, " batch"], *, kl_coef: float, clip: float
+    experience: Experience,
+    scores: Float[Tensor, " batch"],
+    penalised: Float[Tensor, "batch time"],
+    *,
+    kl_coef: float,
+    clip: float,
 ) -> dict[str, float]:
     """Returns what an update maximises and the shape of its responses.
 
     Args:
-        experience: the rollout; its scores are the reward model's own.
+        experience: the rollout; its scores are those of the reward model or of all sources.
         scores: those that entered the rewards, clipped and with the missing-EOS score.
+        penalised: KL of each token that is paid for, compensated for length; 0 outside the mask.
         kl_coef: beta of this update.
         clip: where scores were clipped; 0 when they were not.
     """
     mask = experience.mask
     kl = float(sequence_sum(experience.kl, mask).mean())
     k3_terms = k3(experience.logprobs, experience.ref_logprobs)
+    means = {f"score/{name}": float(part.mean()) for name, part in experience.parts.items()}
     clipped = float((experience.scores.abs() > clip).float().mean()) if clip > 0 else 0.0
     return {
         "objective/kl": kl,
         "objective/kl_k3": float(sequence_sum(k3_terms, mask).mean()),
         "objective/score": float(experience.scores.mean()),
-        "objective/reward": float(scores.mean()) - kl_coef * kl,
+        "objective/reward": float(scores.mean())
+        - kl_coef * float(sequence_sum(penalised, mask).mean()),
         "objective/entropy": float(token_mean(experience.entropy, mask)),
         "reward/clip_frac": clipped,
         "response/length_tokens": float(mask.sum(dim=1).float().mean()),
         "response/eos_frac": float(experience.ended.float().mean()),
         "kl/coef": kl_coef,
+        **(means if len(means) > 1 else {}),
     }
 
 

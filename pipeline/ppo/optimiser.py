@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.ppo.checks import RATIO_TOLERANCE, check_norms, check_step
+from pipeline.ppo.checks import FIRST_KL_TOLERANCE, check_norms, check_step
 from pipeline.ppo.experience import Experience, Roles, length_mask, state_values
 from pipeline.ppo.losses import Loss, entropy_loss, kl_loss, policy_loss, text_loss, value_loss
 from pipeline.ppo.metrics import named_sums, step_metrics
@@ -163,7 +163,7 @@ class Optimiser:
         check_step(
             metrics,
             rows=rows,
-            first_tolerance=RATIO_TOLERANCE[self.settings.precision] if first else None,
+            first_tolerance=FIRST_KL_TOLERANCE[self.settings.precision] if first else None,
             max_ratio=self.settings.optimisation.max_ratio,
         )
         target_kl = self.settings.optimisation.target_kl

@@ -1,4 +1,7 @@
-"""The order of rows: a function of the seed, so that a resumed run reads what is left."""
+"""The order of rows: by the seed, so that a resumed run reads what is left, and over processes."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -27,4 +30,12 @@ def rows_in_turn(seed: int, name: str, *, start: int, size: int, total: int) -> 
         epoch, place = divmod(start + len(rows), total)
         order = permutation(seed, name, epoch, size=total)
         rows += order[place : place + size - len(rows)].tolist()
+    return rows
+
+
+def interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """Returns the rows of all processes in their first order, dealt out one by one."""
+    rows: list[Any] = [None] * sum(len(share) for share in shares)
+    for rank, share in enumerate(shares):
+        rows[rank :: len(shares)] = share
     return rows

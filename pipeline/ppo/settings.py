@@ -1,10 +1,15 @@
 """What PPO can be told: groups of settings, of the trainer and of the stage's configuration."""
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipeline.config import require
 from pipeline.lora import LoRA
 
+COMBINATIONS = ("sum", "mean", "min", "mean_minus_std")
+REWARD_STAGES = ("reward", "reward_guard")
 PENALTIES = ("k1_in_reward", "k2_in_loss", "k3_in_loss")
 ROLES = ("separate", "trunk", "lora")
 ESTIMATORS = ("gae", "rloo", "grpo", "reinforce")
@@ -49,6 +54,11 @@ class KL:
             f"kl.penalty: must be one of {', '.join(PENALTIES)}, got {self.penalty!r}",
         )
         require(
+            share == 0 or self.in_loss is None,
+            f"kl.length_compensation: {share} has no effect with kl.penalty {self.penalty}: each "
+            "token there answers for itself; set it to 0",
+        )
+        require(
             0 <= self.reference_rate <= 1,
             f"kl.reference_rate: must be between 0 and 1, got {self.reference_rate}",
         )
@@ -64,12 +74,63 @@ class KL:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of the things that score a response: a model or a function."""
+
+    model: str = ""
+    """A stage of this run, as in reward, or the folder of a sequence classifier with one label;
+    with a tokenizer of its own it reads the text anew."""
+    function: str = ""
+    """module:function of Python: messages of prompts and texts of responses in, numbers out."""
+    weight: float = 1.0
+    """What its scores are multiplied by."""
+    name: str = ""
+    """Its metric is score/<name>; the folder's or the function's own name when empty."""
+    timeout_seconds: float = 60.0
+    """Longest a function may take over one rollout."""
+
+    def __post_init__(self) -> None:
+        where = f"reward.sources: {self.label or 'a source'}"
+        require(
+            bool(self.model) != bool(self.function),
+            f"{where}: needs a model or a function, and not both",
+        )
+        require(
+            not self.function or bool(re.fullmatch(r"\w+(\.\w+)*:\w+", self.function)),
+            f"{where}: a function is module:function, got {self.function!r}",
+        )
+        require(
+            math.isfinite(self.weight) and self.weight != 0,
+            f"{where}: weight must be a number other than 0, got {self.weight}",
+        )
+        require(
+            self.timeout_seconds > 0,
+            f"{where}: timeout_seconds must be positive, got {self.timeout_seconds}",
+        )
+
+    @property
+    def label(self) -> str:
+        """The name it is known by."""
+        return self.name or self.function.rpartition(":")[2] or Path(self.model).name
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether the model is a stage of the run, and not a folder from elsewhere."""
+        return self.model in REWARD_STAGES
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reward:
     """How a response's score enters its reward."""
 
+    sources: list[Source] = field(default_factory=list)
+    """What scores a response; the stage reward alone when empty."""
+    combine: str = "sum"
+    """One score out of several: sum or mean by weight; min, or mean_minus_std (less the population
+    standard deviation over the sources), for ensembles of equals."""
     normalise: bool = True
-    """Scores by the reward model's constants; false takes them raw, and all that is said of scores
-    here and in the metrics is then in raw units."""
+    """Models' scores by their constants; false takes them raw, and all that is said of scores
+    here and in the metrics is then in raw units. A function's scores are always its own."""
     missing_eos_score: float | None = -1.0
     """Normalised score of a response that never ended; null keeps the reward model's."""
     clip: float = 0.0
@@ -83,6 +144,7 @@ class Reward:
     """Trace decay of generalised advantage estimation."""
 
     def __post_init__(self) -> None:
+        self._check_sources()
         require(self.clip >= 0, f"reward.clip: must be at least 0, got {self.clip}")
         require(
             self.normalise or self.clip == 0,
@@ -91,6 +153,35 @@ class Reward:
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"reward.{name}: must be between 0 and 1, got {value}")
+
+    def _check_sources(self) -> None:
+        require(
+            self.combine in COMBINATIONS,
+            f"reward.combine: must be one of {', '.join(COMBINATIONS)}, got {self.combine!r}",
+        )
+        labels = [source.label for source in self.sources]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        require(not twice, f"reward.sources: {twice} stands there twice; give each a name")
+        weights = [source.weight for source in self.sources]
+        require(
+            self.combine in ("sum", "mean") or weights == [1.0] * len(weights),
+            f"reward.combine: {self.combine} has no weights; leave them out of reward.sources",
+        )
+        require(
+            self.combine != "mean" or not weights or sum(weights) > 0,
+            "reward.combine: the weights of a mean must sum to more than 0",
+        )
+
+    @property
+    def used_sources(self) -> list[Source]:
+        """The sources, the stage reward where none are named."""
+        return self.sources or [Source(model="reward")]
+
+    @property
+    def described(self) -> str:
+        """What scores, in words."""
+        parts = ", ".join(source.label for source in self.used_sources)
+        return parts if len(self.used_sources) == 1 else f"the {self.combine} of {parts}"
 
 
 @dataclass(frozen=True, kw_only=True)

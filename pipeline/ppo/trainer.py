@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import distributed
+from pipeline.errors import UserError
 from pipeline.ppo.advantages import RunningBaseline, gae, grpo, reinforce, rloo, whiten
 from pipeline.ppo.checks import check_experience
 from pipeline.ppo.experience import Experience, Roles, assemble, measure, move_reference
@@ -25,9 +26,10 @@ from pipeline.ppo.kl import AdaptiveController, Controller, FixedController, com
 from pipeline.ppo.losses import text_loss
 from pipeline.ppo.metrics import explained_variance, objective
 from pipeline.ppo.optimiser import Lesson, Optimiser, precision_context
-from pipeline.ppo.order import rows_in_turn
+from pipeline.ppo.order import interleave, rows_in_turn
 from pipeline.ppo.rewards import final_scores, token_rewards
 from pipeline.ppo.rollout import generate, stream, uniforms
+from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
 
 if TYPE_CHECKING:
@@ -60,10 +62,18 @@ class PPOTrainer:
         accelerator: "Accelerator",
         eos_id: int,
         pad_id: int,
+        rewards: Rewards | None = None,
         text: Int[Tensor, "row time"] | None = None,
     ) -> None:
+        """Takes what scores a rollout; where it is None, the reward model of the roles does."""
         self.roles, self.prompts, self.settings = roles, prompts, settings
         self.eos_id, self.pad_id = eos_id, pad_id
+        if rewards is None:
+            scorer = token_scorer(
+                roles.reward_model, pad_id=pad_id, batch_size=settings.minibatch_size
+            )
+            rewards = Rewards({"reward": Divided(scorer)})
+        self.rewards = rewards
         self.kl = build_controller(settings.kl)
         self.baseline = RunningBaseline(settings.advantage.baseline_decay)
         self.optimiser = Optimiser(
@@ -83,7 +93,7 @@ class PPOTrainer:
         prompts = [self.prompts[row] for row in self.prompt_rows(number)]
         with _clock(timings, "rollout"):
             responses = self.sample(prompts, update=number)
-        with _clock(timings, "score"):
+        with _clock(timings, "score"), placed(f"update {number}"):
             experience = self.measure(prompts, responses)
         mask = experience.mask
         check_experience(experience, update=number, precision=settings.precision)
@@ -104,7 +114,9 @@ class PPOTrainer:
             losses = self.optimiser.run(number, lesson)
 
         metrics = {
-            **objective(experience, scores, kl_coef=self.kl.coef, clip=settings.reward.clip),
+            **objective(
+                experience, scores, penalised, kl_coef=self.kl.coef, clip=settings.reward.clip
+            ),
             **losses,
         }
         if lesson.returns is not None:
@@ -175,7 +187,7 @@ class PPOTrainer:
                 eos_id=self.eos_id,
                 pad_id=self.pad_id,
             )
-        return _interleave(distributed.gather_objects(responses))
+        return interleave(distributed.gather_objects(responses))
 
     def measure(self, prompts: list[list[int]], responses: list[list[int]]) -> Experience:
         """Returns the rows with log-probabilities, values and scores of all roles."""
@@ -189,9 +201,17 @@ class PPOTrainer:
                 pad_id=self.pad_id,
                 batch_size=self.settings.minibatch_size,
             )
+            parts = self.rewards.measure(prompts, responses)
         shares = distributed.gather_objects(measured)
-        together = {name: _interleave([part[name] for part in shares]) for name in measured}
-        return assemble(prompts, responses, together, eos_id=self.eos_id)
+        together = {name: interleave([part[name] for part in shares]) for name in measured}
+        return assemble(
+            prompts,
+            responses,
+            together,
+            scores=self.rewards.together(parts),
+            parts=parts,
+            eos_id=self.eos_id,
+        )
 
     @torch.no_grad()
     def text_perplexity(self, text: Int[Tensor, "row time"]) -> float:
@@ -240,12 +260,13 @@ def build_controller(kl: KL) -> Controller:
     return AdaptiveController(kl.coef, target=kl.target, horizon=kl.horizon)
 
 
-def _interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """Returns the rows of all processes in their first order, dealt out one by one."""
-    rows: list[Any] = [None] * sum(len(share) for share in shares)
-    for rank, share in enumerate(shares):
-        rows[rank :: len(shares)] = share
-    return rows
+@contextlib.contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Says where in the run a user's mistake showed."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 @contextlib.contextmanager

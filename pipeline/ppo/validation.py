@@ -10,7 +10,7 @@ from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
 from pipeline.ppo.guard import Watch, keep_best
-from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import PPOTrainer, placed
 from pipeline.tokenizer import decode_response
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Validation:
         """
         trainer = self.trainer
         responses = trainer.sample(self.prompts, update=0, name="validation")
-        experience = trainer.measure(self.prompts, responses)
+        with placed(f"validation after update {update}"):
+            experience = trainer.measure(self.prompts, responses)
         texts = [decode_response(self.tokenizer, response) for response in responses]
         counts = bigrams(texts)
         metrics = {
@@ -72,7 +73,6 @@ class Validation:
                 responses,
                 score=metrics["validation/score"],
                 update=update,
-                pad_id=trainer.pad_id,
             )
             if self.watch.best == update and stage.is_main:
                 keep_best(trainer, tokenizer=self.tokenizer, folder=stage.path / BEST)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +10,10 @@ from jaxtyping import Float
 from pipeline.distributed import gather_objects, rank, world_size
 from pipeline.errors import UserError
 from pipeline.ppo.rollout import generate, uniforms
+from pipeline.reward.reading import Reading, Words, context_of, cut_to, reread
+from pipeline.reward.scores import raw_scores
+from pipeline.reward.settings import Normalisation
+from pipeline.tokenizer import Prompt, decode_response, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -59,6 +63,62 @@ def sample_replies(
     for part in gather_objects(found):
         found.update(part)
     return chosen, [found[row] for row in range(num_samples)]
+
+
+def set_constants(
+    model: Any,
+    *,
+    sft: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerFast",
+    reading: Reading,
+    normalisation: Normalisation,
+    max_length: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Returns the SFT model's scored replies after setting the model's reward_mean and reward_std.
+
+    Args:
+        model: sequence classifier.
+        sft: causal LM that replies.
+        prompts: of the training split.
+        tokenizer: the SFT model's.
+        reading: how the model reads text.
+        normalisation: how many replies, how long.
+        max_length: prompts are left out that leave no room for a whole reply.
+        seed: seed of the choice of prompts and of sampling.
+
+    Raises:
+        UserError: all replies score the same, so there is nothing to divide by.
+    """
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    words = Words.behind(tokens, prompts, tokenizer=tokenizer)
+    asked, replies = sample_replies(
+        sft,
+        tokens,
+        tokenizer=tokenizer,
+        num_samples=normalisation.num_samples,
+        response_tokens=normalisation.response_tokens,
+        max_length=max_length,
+        seed=seed,
+    )
+    limit = context_of(model, reading.tokenizer)
+    scores = raw_scores(
+        model,
+        cut_to(reread(reading, words, asked, replies), limit=limit),
+        pad_id=reading.tokenizer.pad_token_id,
+        separator=reading.separator,
+    )
+    mean, std = score_constants(scores)
+    model.config.reward_mean, model.config.reward_std = mean, std
+    return [
+        {
+            "prompt": tokenizer.decode(prompt),
+            "response": decode_response(tokenizer, reply),
+            "score": (float(score) - mean) / std,
+        }
+        for prompt, reply, score in zip(asked, replies, scores, strict=True)
+    ]
 
 
 def score_constants(scores: Float[np.ndarray, " sample"]) -> tuple[float, float]:

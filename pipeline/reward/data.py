@@ -3,21 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from pipeline.data.formats import check_row, read_rows, texts_of
 from pipeline.errors import UserError
+from pipeline.models import by_length, pad_right
 from pipeline.reward.loss import comparisons, rater_targets
 from pipeline.reward.packing import pack_texts
-from pipeline.tokenizer import encode_prompt, encode_response
+from pipeline.reward.reading import Reading
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+TEXTS_PER_CHUNK = 16
+"""Texts of one forward pass where they are not packed: few enough to be of about one length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,26 +100,19 @@ class Encoded:
         return [ids for sequences in self.sequences for ids in sequences]
 
 
-def encode(
-    rankings: Sequence[Ranking], *, tokenizer: "PreTrainedTokenizerFast", max_length: int
-) -> Encoded:
-    """Returns the rankings in tokens, without texts longer than max_length tokens."""
+def encode(rankings: Sequence[Ranking], *, reading: Reading, max_length: int) -> Encoded:
+    """Returns the rankings as a model reads them, without texts longer than max_length tokens."""
     kept, encoded, lowered, starts, num_texts = [], [], [], [], 0
     for ranking in rankings:
         num_texts += len(ranking.responses)
-        prompts = {str(prompt): encode_prompt(tokenizer, prompt) for prompt in ranking.prompts}
-        sequences = [
-            prompts[str(prompt)] + encode_response(tokenizer, response)
-            for prompt, response in zip(ranking.prompts, ranking.responses, strict=True)
-        ]
-        fitting = [index for index, ids in enumerate(sequences) if len(ids) <= max_length]
+        texts = list(zip(ranking.prompts, ranking.responses, strict=True))
+        exchanges = [reading.exchange(*text) for text in texts]
+        fitting = [index for index, one in enumerate(exchanges) if len(one.ids) <= max_length]
         if len(fitting) >= 2:
             kept.append(_only(ranking, fitting))
-            encoded.append([sequences[index] for index in fitting])
-            lowered.append(
-                [_lowered(ranking, index, sequences[index], tokenizer) for index in fitting]
-            )
-            starts.append([len(prompts[str(ranking.prompts[index])]) for index in fitting])
+            encoded.append([exchanges[index].ids for index in fitting])
+            lowered.append([_lowered(texts[i], exchanges[i].ids, reading) for i in fitting])
+            starts.append([exchanges[index].start for index in fitting])
     num_kept = sum(map(len, encoded))
     return Encoded(
         rankings=kept,
@@ -131,14 +123,11 @@ def encode(
     )
 
 
-def _lowered(
-    ranking: Ranking, index: int, ids: list[int], tokenizer: "PreTrainedTokenizerFast"
-) -> list[int]:
+def _lowered(text: tuple[Any, str], ids: list[int], reading: Reading) -> list[int]:
     """Returns a text's token ids in lower case, or as it is where that would take more tokens."""
-    response = ranking.responses[index]
-    length = len(encode_response(tokenizer, response))
-    lower = encode_response(tokenizer, response.lower())
-    return ids[:-length] + lower if len(lower) <= length else ids
+    prompt, response = text
+    lower = reading.exchange(prompt, response.lower()).ids
+    return lower if len(lower) <= len(ids) else ids
 
 
 def _only(ranking: Ranking, indices: Sequence[int]) -> Ranking:
@@ -217,22 +206,9 @@ class TrainingRankings:
         return [token for token, stays in zip(ids, kept, strict=True) if stays]
 
 
-def pad_right(
-    sequences: Sequence[Sequence[int]], *, pad_id: int
-) -> dict[str, Int[Tensor, "text time"]]:
-    """Returns input_ids and attention_mask (1 means a real token) of right-padded sequences."""
-    width = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), width), pad_id)
-    attention_mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[row, : len(sequence)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
 @dataclass(frozen=True, kw_only=True)
 class RankingCollator:
-    """Makes one batch of rankings: texts packed into rows, and all comparisons.
+    """Makes one batch of rankings: their texts, packed into rows or whole, and all comparisons.
 
     `labels` are the targets under the name by which the Trainer counts what a loss is divided by,
     over gradient accumulation and over processes: one label is one comparison.
@@ -240,23 +216,47 @@ class RankingCollator:
 
     pad_id: int
     """Token id of the padding."""
+    packed: bool = True
+    """Whether texts stand side by side in rows that begin with their prompt."""
+    separator: int | None = None
+    """Token that ends the first segment of a pair; None without segments."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns packed rows, where each text ends in them, and comparisons of texts."""
-        prompts: list[list[int]] = []
-        responses: list[list[int]] = []
+        """Returns the texts as `ranking_scores` reads them, and comparisons of their places."""
+        texts: list[list[int]] = []
+        starts: list[int] = []
         better, worse = [], []
         for row in rows:
-            better.append(row["better"] + len(responses))
-            worse.append(row["worse"] + len(responses))
-            for ids, start in zip(row["sequences"], row["starts"], strict=True):
-                prompts.append(ids[:start])
-                responses.append(ids[start:])
-        packed = pack_texts(prompts, responses, pad_id=self.pad_id)
-        return {
-            "rows": packed.inputs(),
-            "last": packed.last,
+            better.append(row["better"] + len(texts))
+            worse.append(row["worse"] + len(texts))
+            texts += row["sequences"]
+            starts += row["starts"]
+        comparisons = {
             "better": torch.cat(better),
             "worse": torch.cat(worse),
             "labels": torch.cat([row["targets"] for row in rows]),
         }
+        return comparisons | (self._rows(texts, starts) if self.packed else self._chunks(texts))
+
+    def _rows(self, texts: list[list[int]], starts: list[int]) -> dict[str, Any]:
+        packed = pack_texts(
+            [ids[:start] for ids, start in zip(texts, starts, strict=True)],
+            [ids[start:] for ids, start in zip(texts, starts, strict=True)],
+            pad_id=self.pad_id,
+        )
+        return {"rows": packed.inputs(), "last": packed.last}
+
+    def _chunks(self, texts: list[list[int]]) -> dict[str, Any]:
+        """Returns the texts in chunks of about one length, and each text's place in them."""
+        chunks = by_length([len(ids) for ids in texts], batch_size=TEXTS_PER_CHUNK)
+        place = torch.empty(len(texts), dtype=torch.long)
+        place[torch.tensor([index for chunk in chunks for index in chunk])] = torch.arange(
+            len(texts)
+        )
+        padded = [
+            pad_right(
+                [texts[index] for index in chunk], pad_id=self.pad_id, separator=self.separator
+            )
+            for chunk in chunks
+        ]
+        return {"chunks": padded, "place": place}

@@ -8,17 +8,18 @@ from jaxtyping import Float
 
 from pipeline.reward.baseline import bag_of_words_scores
 from pipeline.reward.data import Encoded, Ranking, encode, read_rankings
+from pipeline.reward.reading import Reading
 from pipeline.reward.report import RatedSet, reward_report
-from pipeline.reward.training import raw_scores
+from pipeline.reward.scores import raw_scores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 
 def held_out_report(
     model: "PreTrainedModel",
     *,
-    tokenizer: "PreTrainedTokenizerFast",
+    reading: Reading,
     data: Path,
     split: str,
     row_type: str = "preferences",
@@ -32,7 +33,7 @@ def held_out_report(
 
     Args:
         model: a reward model; its raw scores are used.
-        tokenizer: the model's tokenizer.
+        reading: how the model reads text.
         data: folder of the data stage.
         split: validation for choices; test is read by `evaluate` alone.
         row_type: preferences or guard_preferences.
@@ -41,9 +42,14 @@ def held_out_report(
         seed: seed of the bootstrap and of the baseline's sample of comparisons.
     """
     held_out = encode(
-        read_rankings(data, row_type, split=split), tokenizer=tokenizer, max_length=max_length
+        read_rankings(data, row_type, split=split), reading=reading, max_length=max_length
     )
-    scores = raw_scores(model, held_out.texts, pad_id=tokenizer.pad_token_id)
+    scores = raw_scores(
+        model,
+        held_out.texts,
+        pad_id=reading.tokenizer.pad_token_id,
+        separator=reading.separator,
+    )
     training = read_rankings(data, row_type, split="train")
     sets = rated_sets(held_out, scores=scores, training=training, min_gap=min_gap, seed=seed)
     return {"split": split, **reward_report(sets, min_gap=min_gap, seed=seed)}

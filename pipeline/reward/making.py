@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from pipeline.checkpoint import StageRun
 from pipeline.data.formats import read_rows
@@ -13,7 +13,7 @@ from pipeline.fitting import fit, merge_adapter, save_model
 from pipeline.lora import quantisation, with_adapter
 from pipeline.models import choose_precision, load_causal_lm, load_tokenizer
 from pipeline.optim import build_optimizer
-from pipeline.reward.constants import sample_replies, score_constants
+from pipeline.reward.constants import set_constants
 from pipeline.reward.data import (
     Encoded,
     RankingCollator,
@@ -23,18 +23,18 @@ from pipeline.reward.data import (
     read_rankings,
 )
 from pipeline.reward.held_out import held_out_report, rated_sets
+from pipeline.reward.reading import Reading, TokenReading, context_of, load_reading
 from pipeline.reward.report import pair_accuracy
+from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import RewardConfig
 from pipeline.reward.summary import card, headline, summarise
 from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
     average_at_first,
-    raw_scores,
     reward_model_from,
 )
 from pipeline.storage import write_json
-from pipeline.tokenizer import decode_response, encode_prompt
 from pipeline.training import row_order, trainer_arguments
 
 
@@ -42,16 +42,28 @@ def make_reward_model(config: RewardConfig, stage: StageRun) -> None:
     """Trains, normalises, judges and writes the reward model of a stage, and finishes it."""
     data, sft = stage.parents["data"].path, stage.parents["sft"].path
     tokenizer = load_tokenizer(sft)
+    reading: Reading = TokenReading(tokenizer)
+    if config.init_from:
+        reading = load_reading(config.init_from)
     precision = choose_precision(config.training.precision)
     config.training.accumulation(world_size())
     trainer, counts = train(
-        config, stage, data=data, sft=sft, tokenizer=tokenizer, bf16=precision == "bf16"
+        config, stage, data=data, sft=sft, reading=reading, bf16=precision == "bf16"
     )
-    samples = measure_constants(config, trainer.model, sft=sft, data=data, tokenizer=tokenizer)
+    samples = set_constants(
+        trainer.model,
+        sft=load_causal_lm(sft).to(trainer.model.device),
+        prompts=[row["prompt"] for row in read_rows(data, "prompts", split="train")],
+        tokenizer=tokenizer,
+        reading=reading,
+        normalisation=config.normalisation,
+        max_length=config.max_length,
+        seed=config.seed,
+    )
     save_model(trainer, stage.path)
     report = held_out_report(
         trainer.model,
-        tokenizer=tokenizer,
+        reading=reading,
         data=data,
         split="validation",
         row_type=config.row_type,
@@ -71,9 +83,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun) -> None:
     )
 
 
-def read_split(
-    config: RewardConfig, split: str, *, data: Path, tokenizer: PreTrainedTokenizerFast
-) -> Encoded:
+def read_split(config: RewardConfig, split: str, *, data: Path, reading: Reading) -> Encoded:
     """Returns a split's rankings in tokens.
 
     Raises:
@@ -81,7 +91,7 @@ def read_split(
     """
     encoded = encode(
         read_rankings(data, config.row_type, split=split),
-        tokenizer=tokenizer,
+        reading=reading,
         max_length=config.max_length,
     )
     if not encoded.rankings:
@@ -103,19 +113,23 @@ def training_rows(config: RewardConfig, encoded: Encoded) -> list[dict[str, Any]
     return rows
 
 
-def build_model(config: RewardConfig, sft: Path, *, pad_id: int) -> PreTrainedModel:
-    """Returns the SFT model's body with a new head.
+def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrainedModel:
+    """Returns the body of init_from, or of the SFT model, with a new head.
 
     Raises:
         UserError: max_length is beyond the model's context.
     """
+    tokenizer = reading.tokenizer
     model = reward_model_from(
-        sft, pad_id=pad_id, seed=config.seed, quantisation=quantisation(config.lora)
+        config.init_from or sft,
+        pad_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        quantisation=quantisation(config.lora),
     )
     average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)
-    context = getattr(model.config, "max_position_embeddings", config.max_length)
+    context = context_of(model, tokenizer)
     if config.max_length > context:
         raise UserError(
             f"max_length: {config.max_length} is longer than the model's context of {context}"
@@ -128,7 +142,7 @@ def build_trainer(
     model: PreTrainedModel,
     rows: list[dict[str, Any]],
     *,
-    tokenizer: PreTrainedTokenizerFast,
+    reading: Reading,
     folder: Path,
     bf16: bool,
 ) -> Trainer:
@@ -153,54 +167,23 @@ def build_trainer(
             lowercase_frac=config.lowercase_frac,
             seed=config.seed,
         ),
-        data_collator=RankingCollator(pad_id=tokenizer.pad_token_id),
-        processing_class=tokenizer,
+        data_collator=RankingCollator(
+            pad_id=reading.tokenizer.pad_token_id,
+            packed=config.pack and not config.init_from,
+            separator=reading.separator,
+        ),
+        processing_class=reading.tokenizer,
         optimizers=(build_optimizer(model, training), None),
     )
 
 
-def measure_constants(
-    config: RewardConfig,
-    model: PreTrainedModel,
-    *,
-    sft: Path,
-    data: Path,
-    tokenizer: PreTrainedTokenizerFast,
-) -> list[dict[str, Any]]:
-    """Returns the SFT model's scored replies after setting reward_mean and reward_std.
-
-    Raises:
-        UserError: all replies score the same, so there is nothing to divide by.
-    """
-    rows = read_rows(data, "prompts", split="train")
-    prompts, replies = sample_replies(
-        load_causal_lm(sft).to(model.device),
-        [encode_prompt(tokenizer, row["prompt"]) for row in rows],
-        tokenizer=tokenizer,
-        num_samples=config.normalisation.num_samples,
-        response_tokens=config.normalisation.response_tokens,
-        max_length=config.max_length,
-        seed=config.seed,
-    )
-    pairs = list(zip(prompts, replies, strict=True))
-    scores = raw_scores(model, [p + r for p, r in pairs], pad_id=tokenizer.pad_token_id)
-    mean, std = score_constants(scores)
-    model.config.reward_mean, model.config.reward_std = mean, std
-    return [
-        {
-            "prompt": tokenizer.decode(prompt),
-            "response": decode_response(tokenizer, reply),
-            "score": (float(score) - mean) / std,
-        }
-        for (prompt, reply), score in zip(pairs, scores, strict=True)
-    ]
-
-
 def validation_metrics(
-    model: PreTrainedModel, encoded: Encoded, *, pad_id: int, min_gap: float
+    model: PreTrainedModel, encoded: Encoded, *, reading: Reading, min_gap: float
 ) -> dict[str, float]:
     """Returns held-out pair accuracy of every set and their mean."""
-    sets = rated_sets(encoded, scores=raw_scores(model, encoded.texts, pad_id=pad_id))
+    pad_id, separator = reading.tokenizer.pad_token_id, reading.separator
+    scores = raw_scores(model, encoded.texts, pad_id=pad_id, separator=separator)
+    sets = rated_sets(encoded, scores=scores)
     found = {name: pair_accuracy(rated, min_gap=min_gap) for name, rated in sets.items()}
     known = {name: value for name, value in found.items() if value is not None}
     metrics = {f"validation/accuracy_{name}": value for name, value in known.items()}
@@ -215,32 +198,31 @@ def train(
     *,
     data: Path,
     sft: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    reading: Reading,
     bf16: bool,
 ) -> tuple[Trainer, dict[str, int]]:
     """Returns the trainer after its last step, and how much it was trained on."""
-    pad_id = tokenizer.pad_token_id
     training, validation = (
-        read_split(config, split, data=data, tokenizer=tokenizer)
-        for split in ("train", "validation")
+        read_split(config, split, data=data, reading=reading) for split in ("train", "validation")
     )
     rows = training_rows(config, training)
-    model = build_model(config, sft, pad_id=pad_id)
-    trainer = build_trainer(config, model, rows, tokenizer=tokenizer, folder=stage.path, bf16=bf16)
+    model = build_model(config, sft, reading=reading)
+    trainer = build_trainer(config, model, rows, reading=reading, folder=stage.path, bf16=bf16)
     fit(
         trainer,
         stage,
         validate=lambda: validation_metrics(
-            model, validation, pad_id=pad_id, min_gap=config.report_gap
+            model, validation, reading=reading, min_gap=config.report_gap
         ),
         eval_every=config.training.eval_every,
         tokens_per_step=sum(map(len, training.texts)) / len(rows) * config.training.minibatch_size,
     )
+    origin, pad_id = config.init_from or sft, reading.tokenizer.pad_token_id
     merge_adapter(
         trainer,
         stage,
-        base=sft,
-        load=lambda: reward_model_from(sft, pad_id=pad_id, seed=config.seed),
+        base=Path(origin),
+        load=lambda: reward_model_from(origin, pad_id=pad_id, seed=config.seed),
     )
     return trainer, {
         "steps": trainer.state.global_step,

@@ -31,6 +31,13 @@ class RewardConfig(StageConfig):
 
     row_type: str = "preferences"
     """Rows that are trained on: preferences or guard_preferences."""
+    init_from: str = ""
+    """Model folder or hub id to start from with its own tokenizer, an encoder (BERT) perhaps; the
+    stage sft and its tokenizer when empty."""
+    pack: bool = True
+    """Texts of a ranking stand side by side in rows that begin with their prompt, each seeing that
+    and itself; false reads every text by itself, as models of `init_from` always do, and as those
+    must whose attention takes no mask of its own (recurrent ones)."""
     max_length: int = 128
     """Longest prompt and response together in tokens; longer texts are left out and counted."""
     min_gap: float = 0.25

@@ -1,21 +1,17 @@
 """Training over rankings on Hugging Face's Trainer, and the model it starts from."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
-from transformers.utils import logging
+from transformers import PreTrainedModel, Trainer
 
-from pipeline.distributed import gather_objects, rank, world_size
 from pipeline.errors import UserError
-from pipeline.reward.data import pad_right
+from pipeline.models import head_of, load_with_new_head
 from pipeline.reward.loss import comparison_loss
 
 
@@ -41,8 +37,7 @@ class RankingTrainer(Trainer):
         Gradients are averaged over processes afterwards, so each process's sum is multiplied by
         their number.
         """
-        head = self.accelerator.unwrap_model(model).score
-        scores = ranking_scores(model, inputs, head=head)
+        scores = ranking_scores(model, inputs, unwrapped=self.accelerator.unwrap_model(model))
         loss = comparison_loss(
             scores, better=inputs["better"], worse=inputs["worse"], targets=inputs["labels"]
         )
@@ -55,44 +50,41 @@ class RankingTrainer(Trainer):
 
 
 def ranking_scores(
-    model: nn.Module, batch: Mapping[str, Any], *, head: nn.Module
+    model: nn.Module, batch: Mapping[str, Any], *, unwrapped: Any
 ) -> Float[Tensor, " text"]:
-    """Returns the raw score of every text, read at its last token.
+    """Returns the raw score of every text; of packed ones, the head's at their last tokens.
 
     Args:
         model: sequence classifier, perhaps wrapped for several processes.
         batch: what `RankingCollator` returns.
-        head: the classifier's own, which turns a hidden state into a score.
+        unwrapped: the classifier itself, whose head reads packed texts.
     """
+    if "chunks" in batch:
+        scores = torch.cat([model(**chunk).logits[:, 0] for chunk in batch["chunks"]])
+        return wide(scores[batch["place"]])
     output = model(**batch["rows"], output_hidden_states=True, use_cache=False)
     rows, columns = batch["last"].unbind(dim=1)
-    scores: Tensor = head(output.hidden_states[-1][rows, columns])[:, 0]
+    return wide(unwrapped.score(output.hidden_states[-1][rows, columns])[:, 0])
+
+
+def wide(scores: Float[Tensor, " text"]) -> Float[Tensor, " text"]:
+    """Returns the scores in float32, or as they are where that is wider."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def reward_model_from(
-    path: Path, *, pad_id: int, seed: int, quantisation: Any = None
+    path: Path | str, *, pad_id: int, seed: int, quantisation: Any = None
 ) -> PreTrainedModel:
-    """Returns a sequence classifier with one label on the body of the causal LM in a folder.
+    """Returns a sequence classifier with one label on the body of the model in a folder.
 
-    In float32, or the body as `pipeline.lora.quantisation` says. The head is drawn from
-    N(0, 1/sqrt(d + 1)) as a standard deviation, d the model's width, so that first scores are of
-    the order of 1 (Ziegler et al. 2019; Huang et al. 2024).
+    In float32, or the body as `pipeline.lora.quantisation` says. The last layer is drawn from
+    N(0, 1/sqrt(d + 1)) as a standard deviation, d its inputs, so that first scores are of the
+    order of 1 (Ziegler et al. 2019; Huang et al. 2024).
     """
-    with _quiet_about_the_new_head():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=1,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            quantization_config=quantisation,
-        )
-    model.config.pad_token_id = pad_id
-    model.config.id2label, model.config.label2id = {0: "score"}, {"score": 0}
+    model = load_with_new_head(path, pad_id=pad_id, seed=seed, quantisation=quantisation)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        weight = model.score.weight
+        weight = head_of(model).weight
         spread = 1 / math.sqrt(weight.shape[1] + 1)
         weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
     return model
@@ -138,57 +130,3 @@ def average_at_first(model: PreTrainedModel, *, layers: int) -> None:
     for _, projection in named[len(named) - layers :]:
         for parameter in projection.parameters():
             nn.init.zeros_(parameter)
-
-
-@contextlib.contextmanager
-def _quiet_about_the_new_head() -> Iterator[None]:
-    """Keeps Transformers from reporting the head that no causal LM has as missing."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@torch.no_grad()
-def raw_scores(
-    model: nn.Module, sequences: Sequence[list[int]], *, pad_id: int, batch_size: int = 64
-) -> Float[np.ndarray, " text"]:
-    """Returns the raw score of each prompt + response; the processes share the texts.
-
-    Args:
-        model: sequence classifier; left in the mode it was in.
-        sequences: token ids, EOS last.
-        pad_id: token id of the padding.
-        batch_size: texts of one forward pass; batches are cut in the order of length.
-
-    Raises:
-        UserError: a score is not finite.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    found: dict[int, float] = {}
-    for chunk in chunks[rank() :: world_size()]:
-        batch = pad_right([sequences[index] for index in chunk], pad_id=pad_id)
-        logits = model(**{name: ids.to(device) for name, ids in batch.items()}).logits
-        found.update(zip(chunk, logits[:, 0].float().tolist(), strict=True))
-    model.train(was_training)
-    for part in gather_objects(found):
-        found.update(part)
-    scores = np.array([found[index] for index in range(len(sequences))])
-    refuse_non_finite(scores)
-    return scores
-
-
-def refuse_non_finite(scores: Float[np.ndarray, " text"]) -> None:
-    """Raises UserError when a score is not finite: the model has diverged."""
-    bad = int((~np.isfinite(scores)).sum())
-    if bad:
-        raise UserError(
-            f"{bad} of {len(scores)} scores are not finite, so the reward model has diverged. "
-            "Lower training.learning_rate, or set training.precision to fp32"
-        )

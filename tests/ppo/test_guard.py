@@ -8,7 +8,7 @@ import torch
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
-from pipeline.ppo import validation
+from pipeline.ppo import sources, validation
 from pipeline.ppo.guard import Watch, over_optimised
 from pipeline.reporting.curves import curves
 from pipeline.reporting.figures import guard_charts
@@ -89,7 +89,7 @@ def run_folder(tmp_path_factory):
 def falling(monkeypatch):
     """A guard whose score falls by 0.2 a look after the second, under a score that rises."""
 
-    def judge(self, prompts, responses, *, score, update, pad_id):
+    def judge(self, prompts, responses, *, score, update):
         self.looks[update] = (1.0 - 0.1 * abs(update - 2), float(update))
         return self.looks[update][0]
 
@@ -161,9 +161,8 @@ def test_a_guard_of_another_vocabulary_is_refused(run_folder, monkeypatch):
             loaded.add_tokens(["<|stranger|>"])
         return loaded
 
+    ours = load(run_folder / "sft")
     monkeypatch.setattr(models, "load_tokenizer", other)
-    config = ppo.Config(recipe="smoke", run=str(run_folder), guard=ppo.Guard(every=1))
-    names = {"sft": "causal-lm", "reward_guard": "reward"}
-    parents = {name: open_artifact(run_folder / name, kind=kind) for name, kind in names.items()}
+    guard = open_artifact(run_folder / "reward_guard", kind="reward")
     with pytest.raises(UserError, match="reward_guard has another tokenizer than .*FORCE=1"):
-        ppo.load_watch(config, parents, device="cpu")
+        sources.reading_of(guard, tokenizer=ours)

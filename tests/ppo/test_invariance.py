@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import models
-from pipeline.ppo import experience, optimiser
+from pipeline.ppo import experience, optimiser, scorers
 from pipeline.ppo import trainer as module
 from pipeline.sequences import Batch, collate
 from tests.ppo.company import Company
@@ -98,11 +98,9 @@ def padded(prompts, responses, *, pad_id, left, right):
 @both_precisions
 @pytest.mark.parametrize(("left", "right"), [(0, 5), (4, 0), (3, 2)])
 def test_padding(left, right, double, monkeypatch):
-    for place in (optimiser, experience):
+    for place in (optimiser, experience, models):
         more = functools.partial(padded, left=left, right=right)
         monkeypatch.setattr(place, "collate", more)
-    # the score is read at the last real token of a row that its own collate padded on the right
-    monkeypatch.setattr(models, "collate", functools.partial(padded, left=0, right=left + right))
     same(updated(double=double), double=double)
 
 
@@ -137,7 +135,7 @@ def test_gradient_checkpointing(double):
 def test_processes(size, double, monkeypatch):
     plain(double)  # by one process, before there is company
     company = Company(size)
-    for place in (module, optimiser):
+    for place in (module, optimiser, scorers):
         monkeypatch.setattr(place, "distributed", company)
     ranks = [prepared(double=double) for _ in range(size)]
     for ppo in ranks:

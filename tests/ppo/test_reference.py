@@ -136,7 +136,7 @@ def experience(batch: Ragged) -> Experience:
 @given(batch=batches, coef=st.floats(0.0, 2.0), clip=st.floats(0.0, 1.0))
 def test_metrics_of_the_objective(batch, coef, clip):
     rollout, scores = experience(batch), batch.per_row()
-    fast = objective(rollout, scores, kl_coef=coef, clip=clip)
+    fast = objective(rollout, scores, rollout.kl / 2, kl_coef=coef, clip=clip)
     count = len(batch.lengths)
     pairs = batch.rows(rollout.logprobs), batch.rows(rollout.ref_logprobs)
     kl = sum(reference.flat(reference.each(reference.k1, *pairs))) / count
@@ -146,7 +146,7 @@ def test_metrics_of_the_objective(batch, coef, clip):
             "objective/kl": kl,
             "objective/kl_k3": sum(reference.flat(reference.each(reference.k3, *pairs))) / count,
             "objective/score": sum(raw) / count,
-            "objective/reward": sum(scores.tolist()) / count - coef * kl,
+            "objective/reward": sum(scores.tolist()) / count - coef * kl / 2,
             "objective/entropy": sum(reference.flat(batch.rows(rollout.entropy)))
             / batch.num_tokens,
             "reward/clip_frac": sum(abs(s) > clip > 0 for s in raw) / count,

@@ -14,6 +14,7 @@ from pipeline.reward.data import (
     features,
     read_rankings,
 )
+from pipeline.reward.reading import TokenReading
 
 RANKING = {
     "prompts": ["how are you?"],
@@ -114,17 +115,19 @@ def test_missing_rows_are_told(tmp_path):
 
 def test_long_texts_are_left_out_and_counted():
     # Prompt "p" is 3 tokens, a text its letters and EOS: 8, 5 and 6 tokens.
-    whole = encode([ranking()], tokenizer=Letters(), max_length=8)
+    whole = encode([ranking()], reading=TokenReading(Letters()), max_length=8)
     assert whole.sequences[0][1] == [2, ord("p"), 3, ord("b"), 1]
     assert whole.num_dropped == 0
-    shouted = encode([ranking(responses=["A", "b", "c"])], tokenizer=Letters(), max_length=8)
+    shouted = encode(
+        [ranking(responses=["A", "b", "c"])], reading=TokenReading(Letters()), max_length=8
+    )
     assert shouted.lowered[0][0] == [2, ord("p"), 3, ord("a"), 1]
     assert whole.starts == [[3, 3, 3]]
-    shorter = encode([ranking()], tokenizer=Letters(), max_length=6)
+    shorter = encode([ranking()], reading=TokenReading(Letters()), max_length=6)
     assert shorter.rankings[0].responses == ["b", "cc"]
     assert shorter.rankings[0].scores == [0.0, 3.0]
     assert shorter.num_dropped == 1
-    assert encode([ranking()], tokenizer=Letters(), max_length=5).num_dropped == 3
+    assert encode([ranking()], reading=TokenReading(Letters()), max_length=5).num_dropped == 3
 
 
 def encoded(*rankings: Ranking, sequences: list[list[list[int]]], start: int = 1) -> Encoded:

@@ -12,11 +12,11 @@ from pipeline.reward import constants, packing
 from pipeline.reward.baseline import bag_of_words_scores, sampled_pairs
 from pipeline.reward.constants import sample_replies, score_constants
 from pipeline.reward.data import Encoded, Ranking, RankingCollator, features
+from pipeline.reward.scores import raw_scores
 from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
     average_at_first,
-    raw_scores,
     reward_model_from,
 )
 from tests.support import assert_close, tiny_llama, tiny_reward_model
@@ -51,9 +51,9 @@ def row(seed: int, *, num_texts: int) -> dict[str, object]:
     return features(one, min_gap=0.1, soft=False)[0]
 
 
-def loss_of(model, rows, *, num_processes: int = 1, comparisons: int):
+def loss_of(model, rows, *, num_processes: int = 1, comparisons: int, packed: bool = True):
     """What one process's compute_loss returns for its rows."""
-    batch = RankingCollator(pad_id=0)(rows)
+    batch = RankingCollator(pad_id=0, packed=packed)(rows)
     accelerator = SimpleNamespace(num_processes=num_processes, unwrap_model=lambda model: model)
     process = SimpleNamespace(accelerator=accelerator)
     return RankingTrainer.compute_loss(
@@ -80,6 +80,13 @@ def test_the_loss_is_the_mean_over_comparisons_however_texts_are_packed(monkeypa
     model, rows = tiny_reward_model().double(), [row(1, num_texts=5), row(2, num_texts=3)]
     total = sum(len(each["better"]) for each in rows)
     found = loss_of(model, rows, comparisons=total)
+    assert_close(found, slow_loss(model, rows), tolerance=1e-6)
+
+
+def test_texts_that_are_read_whole_have_the_same_loss():
+    model, rows = tiny_reward_model().double(), [row(1, num_texts=5), row(2, num_texts=3)]
+    total = sum(len(each["better"]) for each in rows)
+    found = loss_of(model, rows, comparisons=total, packed=False)
     assert_close(found, slow_loss(model, rows), tolerance=1e-6)
 
 

@@ -176,7 +176,7 @@ def test_prompts_may_be_conversations_of_several_turns(run_folder, tmp_path):
     assert tokenizer.main(start) == 0
     make_models(run)
     ours = load_tokenizer(run / "tokenizer")
-    prompts, _ = read_prompts(run / "data", split="train", tokenizer=ours, max_tokens=200)
+    prompts = read_prompts(run / "data", split="train", tokenizer=ours, max_tokens=200).tokens
     roles = [ours.convert_tokens_to_ids(f"<|{name}|>") for name in ("user", "assistant")]
     turns = [[token for token in prompt if token in roles] for prompt in prompts]
     assert max(len(turn) for turn in turns) == 4  # user, assistant, user, and the reply to come
@@ -209,18 +209,14 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
         recipe="smoke", run=str(run_folder), tracking="none", threads=1, force=True,
         max_prompt_tokens=32, max_response_tokens=8,
     )  # fmt: skip
-    parents = {
-        name: open_artifact(run_folder / name, kind=kind) for name, kind in ppo.PARENTS.items()
-    }
+    parents = ppo.open_parents(config)
     with pytest.raises(UserError, match="reward has another tokenizer than .*sft.* make reward"):
         ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
 
 
 def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
     config = ppo.Config(recipe="smoke", run=str(run_folder), tracking="none", threads=1)
-    parents = {
-        name: open_artifact(run_folder / name, kind=kind) for name, kind in ppo.PARENTS.items()
-    }
+    parents = ppo.open_parents(config)
     roles = ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
     first = {name: next(model.parameters()) for name, model in vars(roles).items()}
     assert len({tensor.data_ptr() for tensor in first.values()}) == 4
@@ -229,6 +225,17 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
     assert all(torch.equal(a, b) for a, b in same)
     same = zip(roles.value.parameters(), roles.reward_model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
+
+
+def test_fewer_validation_prompts_than_processes_are_refused(run_folder, monkeypatch):
+    from pipeline.models import load_tokenizer
+
+    with pytest.raises(UserError, match="validation_prompts: 2 is less than the processes"):
+        ppo.Config(validation_prompts=2, num_processes=3)
+    monkeypatch.setattr(ppo, "world_size", lambda: 10**6)
+    config, ours = ppo.Config(), load_tokenizer(run_folder / "sft")
+    with pytest.raises(UserError, match="validation_prompts: only .* fewer than the processes"):
+        ppo.read_inputs(config, run_folder / "data", tokenizer=ours, text_length=16)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +254,11 @@ def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
         ("--kl.controller=pid", "kl.controller: must be fixed or adaptive, got 'pid'"),
         ("--kl.target=0", "kl.target: must be positive"),
         ("--kl.horizon=0", "kl.horizon: must be positive"),
+        (
+            "--kl.penalty=k2_in_loss --kl.length_compensation=0.5",
+            "kl.length_compensation: 0.5 has no effect with kl.penalty k2_in_loss",
+        ),
+        ("--validation_prompts=0", "validation_prompts: must be positive, got 0"),
         ("--kl.length_compensation=2", "kl.length_compensation: must be between 0 and 1, got 2"),
         ("--reward.clip=-1", "reward.clip: must be at least 0"),
         ("--reward.lam=1.5", "reward.lam: must be between 0 and 1"),

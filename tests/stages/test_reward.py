@@ -138,6 +138,7 @@ def test_an_adapter_with_its_head_is_written_beside_the_merged_model(run_dir):
 def test_pairs_train_too(run_dir):
     from pipeline.models import load_tokenizer
     from pipeline.reward import making
+    from pipeline.reward.reading import TokenReading
 
     rows = [
         {"prompt": "hi", "chosen": f"nice to see you {number}", "rejected": f"go away {number}"}
@@ -146,14 +147,12 @@ def test_pairs_train_too(run_dir):
     for split in ("train", "validation"):
         write_rows(run_dir / "data", "preferences", split=split, rows=rows)
     config = config_of(run_dir, max_length=40)
-    data, tokenizer = run_dir / "data", load_tokenizer(run_dir / "sft")
-    encoded = making.read_split(config, "train", data=data, tokenizer=tokenizer)
+    data, reading = run_dir / "data", TokenReading(load_tokenizer(run_dir / "sft"))
+    encoded = making.read_split(config, "train", data=data, reading=reading)
     features = making.training_rows(config, encoded)
     assert [len(row["better"]) for row in features] == [1, 1, 1, 1]
-    model = making.build_model(config, run_dir / "sft", pad_id=tokenizer.pad_token_id)
-    metrics = making.validation_metrics(
-        model, encoded, pad_id=tokenizer.pad_token_id, min_gap=config.report_gap
-    )
+    model = making.build_model(config, run_dir / "sft", reading=reading)
+    metrics = making.validation_metrics(model, encoded, reading=reading, min_gap=config.report_gap)
     assert 0 <= metrics["validation/accuracy_pairs"] <= 1
 
 
