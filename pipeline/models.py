@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.architecture import Architecture
 from pipeline.config import require
 from pipeline.errors import UserError
+from pipeline.origin import Origin
 from pipeline.sequences import collate
 
 if TYPE_CHECKING:
@@ -78,6 +79,27 @@ def load_causal_lm(path: Path | str) -> "PreTrainedModel":
     return _load(AutoModelForCausalLM, path)
 
 
+def load_origin(origin: Origin) -> "PreTrainedModel":
+    """Returns the causal LM to start from in float32, in evaluation mode.
+
+    The weights of a GGUF file are unpacked while they are loaded: a model that counts as quantised
+    could neither be trained nor saved.
+
+    Raises:
+        UserError: no model could be loaded from there.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if origin.gguf_file is None:
+        return load_causal_lm(origin.path)
+    return _load(
+        AutoModelForCausalLM,
+        origin.path,
+        gguf_file=origin.gguf_file,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+
+
 def load_reward_model(path: Path | str) -> "PreTrainedModel":
     """Returns the reward model of a folder in float32, in evaluation mode.
 
@@ -95,10 +117,10 @@ def load_reward_model(path: Path | str) -> "PreTrainedModel":
     return model
 
 
-def _load(auto_class: Any, path: Path | str) -> "PreTrainedModel":
+def _load(auto_class: Any, path: Path | str, **options: Any) -> "PreTrainedModel":
     try:
         model = auto_class.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model could be loaded from there ({error})") from error
