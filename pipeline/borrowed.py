@@ -21,7 +21,7 @@ CHATML = """\
 {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
-"""`<|im_start|>role\\ncontent<|im_end|>\\n` for each message, the reply between generation markers."""
+"""`<|im_start|>role\\ncontent<|im_end|>\\n` for each message; the reply is marked."""
 
 _SYSTEM = {"role": "system", "content": "Be brief."}
 _USER = {"role": "user", "content": "Who is there?"}

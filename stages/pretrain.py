@@ -337,8 +337,15 @@ def run(config: Config) -> None:
             for split in ("train", "validation")
         )
         if config.take_as_is:
-            speed, final = 0.0, take_and_validate(
-                config, model.to(device), tokenizer=tokenizer, validation=validation, run=stage_run
+            speed, final = (
+                0.0,
+                take_and_validate(
+                    config,
+                    model.to(device),
+                    tokenizer=tokenizer,
+                    validation=validation,
+                    run=stage_run,
+                ),
             )
         else:
             trainer = build_trainer(

@@ -105,7 +105,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 
 def _name(name: str) -> str:
-    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    whole = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
     if name in whole:
         return whole[name]
     _, _, layer, part = name.split(".", 3)

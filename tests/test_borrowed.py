@@ -64,9 +64,7 @@ def test_the_trap_is_real(own):
 
 @pytest.mark.parametrize("messages", [MESSAGES, [SYSTEM, *MESSAGES], [USER]])
 @pytest.mark.parametrize("is_prompt", [True, False])
-def test_the_mended_template_renders_what_the_models_own_does(
-    gguf_file, own, messages, is_prompt
-):
+def test_the_mended_template_renders_what_the_models_own_does(gguf_file, own, messages, is_prompt):
     borrowed, mended = borrow_tokenizer(str(gguf_file))
     rendered, expected = (
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
