@@ -53,8 +53,8 @@ def borrow_tokenizer(init_from: str, *, drop_default_system: bool = False) -> Bo
             conversation has none.
 
     Raises:
-        UserError: there is no tokenizer, no chat template, no EOS, or a template that does not
-            mark what the assistant writes and is not understood.
+        UserError: there is no tokenizer, no chat template, no EOS, or a template that is not
+            understood and either does not mark what the assistant writes or is to be changed.
     """
     tokenizer = load_origin_tokenizer(locate(init_from))
     if not tokenizer.chat_template:
@@ -91,6 +91,11 @@ def _training_template(tokenizer: "Tokenizer", origin: str, *, drop_default_syst
         except ValueError:
             pass  # TRL does not know it
     system = default_system(tokenizer)
+    if system is None and drop_default_system:
+        raise UserError(
+            f"drop_default_system: the chat template of {origin} is not plain ChatML, so what it "
+            "inserts cannot be told apart; set it to false"
+        )
     if system is None:
         raise UserError(
             f"init_from: the chat template of {origin} does not mark the assistant's tokens with "

@@ -234,8 +234,8 @@ def take_and_validate(
     tokenizer: "PreTrainedTokenizerFast",
     validation: Corpus,
     run: StageRun,
-) -> dict[str, float]:
-    """Returns the validation figures of a model that is not trained; the folder holds it."""
+) -> tuple[float, dict[str, float]]:
+    """Returns no speed and the validation figures, without training; the folder holds the model."""
     batch_size = config.training.microbatch_size
     final = validation_metrics(
         model, validation, num_rows=len(validation.rows), batch_size=batch_size
@@ -244,7 +244,7 @@ def take_and_validate(
     if run.is_main:
         model.save_pretrained(run.path)
         tokenizer.save_pretrained(run.path)
-    return final
+    return 0.0, final
 
 
 def summarise(
@@ -337,15 +337,8 @@ def run(config: Config) -> None:
             for split in ("train", "validation")
         )
         if config.take_as_is:
-            speed, final = (
-                0.0,
-                take_and_validate(
-                    config,
-                    model.to(device),
-                    tokenizer=tokenizer,
-                    validation=validation,
-                    run=stage_run,
-                ),
+            speed, final = take_and_validate(
+                config, model.to(device), tokenizer=tokenizer, validation=validation, run=stage_run
             )
         else:
             trainer = build_trainer(

@@ -154,6 +154,11 @@ def test_what_is_unfit_is_refused(tmp_path, changes, message):
         borrow_tokenizer(saved(tmp_path, **changes))
 
 
+def test_what_another_template_inserts_is_not_guessed(tmp_path):
+    with pytest.raises(UserError, match="drop_default_system: .* is not plain ChatML"):
+        borrow_tokenizer(saved(tmp_path), drop_default_system=True)
+
+
 def test_nothing_to_borrow(tmp_path):
     with pytest.raises(UserError, match="init_from: no tokenizer at"):
         borrow_tokenizer(str(tmp_path))
