@@ -1,6 +1,7 @@
 """A tokenizer taken from a model: what is checked, and what is mended knowingly."""
 
 import json
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import UserError
@@ -35,6 +36,9 @@ PROBES = (
 """Conversations that two templates must render alike to count as the same."""
 RARE = "".join(map(chr, (*range(0x21, 0x250), 0x416, 0x5D0, 0x4E2D, 0x1F600)))
 """Characters of which a tokenizer that has unknown texts does not know all."""
+
+NAMED_PAD = re.compile(r"(<|<\||\[)pad(>|\|>|\])", re.IGNORECASE)
+"""A token that says it is a pad; the word pad is one that texts need."""
 
 
 class Borrowed(NamedTuple):
@@ -162,7 +166,7 @@ def _own_pad(tokenizer: "Tokenizer") -> str:
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     for token in sorted(vocabulary, key=lambda word: vocabulary[word]):
-        if token.strip("<|[]>").lower() == "pad" and token != tokenizer.eos_token:
+        if NAMED_PAD.fullmatch(token) and token != tokenizer.eos_token:
             return token
     unknown: str | None = tokenizer.unk_token
     if unknown is None or unknown == tokenizer.eos_token or unknown in tokenizer.chat_template:

@@ -32,10 +32,10 @@ NAMES = {
 
 
 def vocabulary() -> list[str]:
-    """Control tokens, every byte as its stand-in character, and one merged pair."""
+    """Control tokens, every byte as its stand-in character, and two words; one of them is pad."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    return [*CONTROL, *sorted(ByteLevel.alphabet()), "hi"]
+    return [*CONTROL, *sorted(ByteLevel.alphabet()), "hi", "pa", "pad"]
 
 
 def tiny_model() -> Any:
@@ -96,7 +96,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (len(tokens) - len(CONTROL)))
-    writer.add_token_merges(["h i"])
+    writer.add_token_merges(["h i", "p a", "pa d"])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
