@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.architecture import Architecture
 from pipeline.config import require
 from pipeline.errors import UserError
+from pipeline.origin import Origin
 from pipeline.sequences import collate
 
 if TYPE_CHECKING:
@@ -79,6 +80,27 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
     from transformers import AutoModelForCausalLM
 
     return _load(AutoModelForCausalLM, path, quantization_config=quantisation)
+
+
+def load_origin(origin: Origin) -> "PreTrainedModel":
+    """Returns the causal LM to start from in float32, in evaluation mode.
+
+    The weights of a GGUF file are unpacked while they are loaded: a model that counts as quantised
+    could neither be trained nor saved.
+
+    Raises:
+        UserError: no model could be loaded from there.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if origin.gguf_file is None:
+        return load_causal_lm(origin.path)
+    return _load(
+        AutoModelForCausalLM,
+        origin.path,
+        gguf_file=origin.gguf_file,
+        quantization_config=GgufConfig(dequantize=True),
+    )
 
 
 def load_classifier(path: Path | str) -> "PreTrainedModel":

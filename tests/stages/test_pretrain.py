@@ -16,6 +16,7 @@ from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.fitting import FiniteGradients
 from stages import pretrain
+from tests import gguf_files
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 
@@ -195,8 +196,68 @@ def test_init_from_without_a_tokenizer_is_refused(run_dir):
     (run_dir / "pretrain").rename(run_dir / "base")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (run_dir / "base" / name).unlink()
-    with pytest.raises(UserError, match=r"init_from: .*base has no tokenizer"):
+    with pytest.raises(UserError, match=r"init_from: no tokenizer at .*base"):
         pretrain.run(replace(config_of(run_dir), init_from=str(run_dir / "base")))
+
+
+@pytest.fixture
+def gguf_run(parents, tmp_path):
+    """A run folder whose tokenizer is that of a tiny model in a GGUF file, and that file."""
+    shutil.copytree(parents / "data", tmp_path / "data")
+    file = tmp_path / "tiny.gguf"
+    gguf_files.write_gguf(file, gguf_files.tiny_model())
+    argv = [*SMOKE, f"--run={tmp_path}", f"--init_from={file}"]
+    stages.tokenizer.run(load(stages.tokenizer.Config, argv, stage="tokenizer"))
+    return tmp_path, file
+
+
+def test_a_model_taken_as_it_is_keeps_its_weights_and_gets_our_pad(gguf_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, file = gguf_run
+    config = replace(config_of(folder), init_from=str(file), take_as_is=True, sequence_length=32)
+    pretrain.run(config)
+    artifact = checkpoint.open_artifact(folder / "pretrain", kind="causal-lm")
+    model = AutoModelForCausalLM.from_pretrained(artifact.path)
+    expected = gguf_files.tiny_model()
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in expected.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(artifact.path)
+    for settings in (model.config, model.generation_config):
+        assert (settings.pad_token_id, settings.eos_token_id) == (tokenizer.pad_token_id, 2)
+    assert tokenizer.pad_token_id != 2
+    text = corpus.read_corpus(
+        folder / "data" / "text-validation.parquet", tokenizer=tokenizer, length=32
+    )
+    nll = sum(loss_of(expected, row) for row in text.rows) / (len(text.rows) * 31)
+    assert artifact.summary["loss"] == pytest.approx(nll, rel=1e-5)
+    assert (artifact.summary["steps"], artifact.summary["tokens_seen"]) == (0, 0)
+    card = (artifact.path / "README.md").read_text()
+    assert "What it follows already it brought along" in card
+
+
+def test_the_end_of_sequence_learns_where_pad_was_it(gguf_run):
+    folder, file = gguf_run
+    from pipeline.models import load_tokenizer
+
+    config = replace(config_of(folder), init_from=str(file), sequence_length=32)
+    model = pretrain.build_model(config, load_tokenizer(folder / "tokenizer"))
+    embeddings = model.get_input_embeddings()
+    embeddings(torch.tensor([2])).sum().backward()
+    assert embeddings.weight.grad[2].abs().sum() > 0
+
+
+def test_a_token_that_was_added_gets_a_row(gguf_run):
+    from pipeline.models import load_tokenizer
+
+    folder, file = gguf_run
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer.add_special_tokens({"pad_token": "<|a new one|>"})
+    config = replace(config_of(folder), init_from=str(file), sequence_length=32)
+    model = pretrain.build_model(config, tokenizer)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert model.get_output_embeddings().out_features == len(tokenizer)
+    assert model.config.pad_token_id == len(tokenizer) - 1
 
 
 def test_a_row_longer_than_the_models_context_is_refused(run_dir):
@@ -245,6 +306,7 @@ def test_missing_or_short_text_is_refused(run_dir, parents):
         ({"sequence_length": 1}, "sequence_length: must be at least 2, got 1"),
         ({"sequence_length": 300, "context_length": 256}, "300 is longer than the model's"),
         ({"eval_rows": 0}, "eval_rows: must be at least 1, got 0"),
+        ({"take_as_is": True}, "take_as_is: only with init_from"),
         ({"dropout": 1.0}, r"dropout: must be in \[0, 1\), got 1.0"),
         ({"label_smoothing": -0.1}, r"label_smoothing: must be in \[0, 1\), got -0.1"),
     ],

@@ -9,6 +9,7 @@ from pipeline.checkpoint import open_artifact
 from pipeline.errors import UserError
 from pipeline.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from stages.tokenizer import Config, run
+from tests import gguf_files
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,19 @@ def test_lossy_tokenizer_is_reported(folder, tmp_path):
     assert len(summary["not_round_tripping_examples"]) == stages.tokenizer.NUM_EXAMPLES
 
 
+def test_what_was_mended_is_said(folder, tmp_path):
+    gguf_files.write_gguf(tmp_path / "tiny.gguf", gguf_files.tiny_model())
+    run(config_of(folder, init_from=str(tmp_path / "tiny.gguf"), drop_default_system=True))
+    artifact = open_artifact(folder / "tokenizer", kind="tokenizer")
+    assert artifact.summary["mended"] == [
+        "the chat template marks what the assistant writes",
+        "the chat template inserts no system message of its own",
+        "PAD is <|endoftext|>; it was <|im_end|>",
+    ]
+    card = (artifact.path / "README.md").read_text()
+    assert "Changed: PAD is <|endoftext|>; it was <|im_end|>." in card
+
+
 def test_template_without_eos_is_refused(folder, tmp_path):
     tokenizer = train_tokenizer(["a"], vocabulary_size=SMALLEST_VOCABULARY)
     tokenizer.chat_template = (
@@ -79,6 +93,7 @@ def test_template_without_eos_is_refused(folder, tmp_path):
     [
         ({"vocabulary_size": 100}, "vocabulary_size: must be at least 261"),
         ({"rows": ()}, "rows: name at least one row type"),
+        ({"drop_default_system": True}, "drop_default_system: only with init_from"),
     ],
 )
 def test_settings_out_of_range(folder, settings, message):

