@@ -133,6 +133,11 @@ class Config(StageConfig):
             f"precision: must be auto, bf16 or fp32, got {self.precision!r}",
         )
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
     def judges(self, update: int) -> bool:
         """Returns whether the guard judges the look after so many updates."""
         distance = self.guard.every * self.validate_every
@@ -179,7 +184,7 @@ def load_roles(
     """Returns policy and reference from sft, reward model and value model from reward.
 
     Raises:
-        UserError: adapters on one base are wanted, and no reward model on that base scores.
+        UserError: no reward model scores on the adapters' base, or the context is too short.
     """
     from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer, take_raw_scores
     from pipeline.ppo.experience import Roles
@@ -202,6 +207,11 @@ def load_roles(
             reward_model=path and load_reward_model(path).to(device).requires_grad_(False),
             value=load_critic(config, policy, sft=sft.path, reward=path) if critic else None,
         )
+    longest, context = config.longest, roles.policy.config.max_position_embeddings
+    require(
+        longest <= context,
+        f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
+    )
     if not config.reward.normalise:
         for model in filter(None, (roles.reward_model, roles.value)):
             take_raw_scores(model)
@@ -245,17 +255,11 @@ def build_trainer(
 
     tokenizer = load_tokenizer(parents["sft"].path)
     roles = load_roles(config, parents["sft"], parents.get("reward"), accelerator=accelerator)
-    context = roles.policy.config.max_position_embeddings
-    longest = config.max_prompt_tokens + config.max_response_tokens
-    require(
-        longest <= context,
-        f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
-    )
     splits, text = read_inputs(
         parents["data"].path,
         tokenizer=tokenizer,
         max_tokens=config.max_prompt_tokens,
-        text_length=longest,
+        text_length=config.longest,
         ptx=config.optimisation.ptx_coef > 0,
     )
     settings = config.settings(choose_precision(config.precision))

@@ -181,6 +181,10 @@ class AdaptedScorer:
         """Returns the body's output through this role's adapter."""
         return self.base.through(self.adapter).base_model(**inputs)
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the head, which reads the last token."""
+        yield "score", self.score
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the weights of adapter and head."""
         yield from self.base.weights(self.adapter).items()

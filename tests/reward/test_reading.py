@@ -59,7 +59,7 @@ def test_a_conversation_is_what_the_models_own_template_writes(ours):
     assert exchange == TokenReading(ours).exchange(TURNS, "no")  # our template closes with EOS
     closing = ChatReading(train_tokenizer(["hello there"] * 5, vocabulary_size=300))
     closing.tokenizer.chat_template = ours.chat_template + "{{- '!' -}}"
-    assert pieces(closing, closing.exchange("hi", "no")).endswith("n o <|end|> !")
+    assert pieces(closing, closing.exchange("hi", "no")).endswith("n o <|end|> Ġ !")
 
 
 def test_rows_of_policy_tokens_are_read_anew_with_their_prompts_as_they_stood_in_the_data(ours):

@@ -12,6 +12,7 @@ from pipeline.architecture import Architecture
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
+from pipeline.ppo import inputs
 from stages import data, ppo, tokenizer
 
 SIZES = {
@@ -232,10 +233,12 @@ def test_fewer_validation_prompts_than_processes_are_refused(run_folder, monkeyp
 
     with pytest.raises(UserError, match="validation_prompts: 2 is less than the processes"):
         ppo.Config(validation_prompts=2, num_processes=3)
-    monkeypatch.setattr(ppo, "world_size", lambda: 10**6)
-    config, ours = ppo.Config(), load_tokenizer(run_folder / "sft")
+    monkeypatch.setattr(inputs, "world_size", lambda: 10**6)
+    ours = load_tokenizer(run_folder / "sft")
     with pytest.raises(UserError, match="validation_prompts: only .* fewer than the processes"):
-        ppo.read_inputs(config, run_folder / "data", tokenizer=ours, text_length=16)
+        inputs.read_inputs(
+            run_folder / "data", tokenizer=ours, max_tokens=64, text_length=16, ptx=False
+        )
 
 
 @pytest.mark.parametrize(
