@@ -2,7 +2,7 @@
 
 A batch's logits are its largest tensor by far (2,048 tokens of 8,192 words: 67 MB), and a plain
 cross entropy writes and reads them some six times. Here a chunk's logits turn into its gradient
-where they are, in the processor's cache, and only hidden-sized gradients are kept.
+where they are, in the processor's cache, and only the gradients of states and head are kept.
 """
 
 import inspect
@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+
+from pipeline.fitting import IGNORED
 
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at a time. 64 to 512 take about the same time."""
@@ -102,12 +104,17 @@ def plain_head(model: PreTrainedModel) -> bool:
 
 
 class LanguageModelTrainer(Trainer):
-    """Trainer on packed rows of tokens; the loss never holds a batch's logits where it need not."""
+    """Trainer of a causal LM whose loss never holds a batch's logits where it need not.
 
-    def __init__(self, **arguments: Any) -> None:
+    In front of one of TRL's trainers it takes the loss's place there as well.
+    """
+
+    def __init__(self, *, language_model: PreTrainedModel, **arguments: Any) -> None:
+        """Takes what Trainer takes, and the causal LM itself; `model` may wrap adapters in it."""
         super().__init__(**arguments)
+        self.language_model = language_model
         self.model_accepts_loss_kwargs = True
-        self.plain_head = plain_head(self.model)
+        self.plain_head = plain_head(language_model)
 
     def compute_loss(
         self,
@@ -116,17 +123,24 @@ class LanguageModelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Returns the mean loss over the tokens of all processes and microbatches of the step.
+        """Returns the mean loss over the labelled tokens of all processes and microbatches.
 
-        Gradients are averaged over processes afterwards, so each process's sum is multiplied by
-        their number.
+        Only these meet the head. Gradients are averaged over processes afterwards, so each
+        process's sum is multiplied by their number.
         """
         if not self.plain_head or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        ids = inputs["input_ids"]
-        output = model(input_ids=ids, logits_to_keep=1, output_hidden_states=True, use_cache=False)
-        hidden = output.hidden_states[-1][:, :-1].flatten(0, 1)
-        head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
-        smoothing = self.args.label_smoothing_factor
-        total = token_nll(hidden, head, ids[:, 1:].flatten(), label_smoothing=smoothing)
+        read = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        output = model(**read, logits_to_keep=1, output_hidden_states=True, use_cache=False)
+        targets = inputs["labels"][:, 1:]
+        counts = targets != IGNORED
+        hidden = output.hidden_states[-1][:, :-1][counts]
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        total = token_nll(
+            hidden,
+            self.language_model.get_output_embeddings().weight,
+            targets[counts],
+            label_smoothing=self.args.label_smoothing_factor,
+        )
         return total * self.accelerator.num_processes / num_items_in_batch

@@ -179,6 +179,7 @@ def build_trainer(
         bf16=bf16,
     )
     return LanguageModelTrainer(
+        language_model=model,
         model=model,
         args=TrainingArguments(**arguments, label_smoothing_factor=config.label_smoothing),
         train_dataset=[corpus.rows[row] for row in order],

@@ -75,11 +75,19 @@ def build_trainer(
     run: StageRun,
     bf16: bool,
 ) -> "SFTTrainer":
-    """Returns TRL's trainer over rows that are tokenised, masked and in reading order."""
+    """Returns TRL's trainer over rows that are tokenised, masked and in reading order.
+
+    Its loss is ours, which is the same: TRL's chunked head, made for GPUs, takes three to five
+    times as long as a plain one on a processor (docs/LOG.md).
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from pipeline.language_loss import LanguageModelTrainer
     from pipeline.optim import build_optimizer
+
+    class ReplyTrainer(LanguageModelTrainer, SFTTrainer):
+        """TRL's trainer with the loss that never holds a batch's logits."""
 
     arguments = trainer_arguments(
         config.training,
@@ -90,7 +98,8 @@ def build_trainer(
         bf16=bf16,
     )
     trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
-    return SFTTrainer(
+    return ReplyTrainer(
+        language_model=model,
         model=trained,
         args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_dict(

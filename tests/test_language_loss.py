@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from pipeline import language_loss
-from pipeline.language_loss import plain_head, token_nll
+from pipeline.language_loss import LanguageModelTrainer, plain_head, token_nll
 from tests.support import assert_close, tiny_llama
 
 
@@ -50,3 +50,29 @@ def test_heads_that_reshape_the_logits_are_left_to_the_model():
     model.config.final_logit_softcapping = 30.0
     assert not plain_head(model)
     assert plain_head(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=24)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_trainers_loss_is_the_models_own_on_the_labelled_tokens(tmp_path, smoothing):
+    model = tiny_llama()
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=smoothing
+    )
+    trainer = LanguageModelTrainer(language_model=model, model=model, args=arguments)
+    ids = torch.randint(5, 24, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :4] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    counted = int((labels[:, 1:] != -100).sum())
+    found = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(counted))
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing
+    )
+    assert_close(found, expected, tolerance=1e-6)
+    ours = torch.autograd.grad(found, list(model.parameters()))
+    theirs = torch.autograd.grad(expected, list(model.parameters()))
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our, their, tolerance=1e-6)

@@ -216,7 +216,8 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
 
 
 def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
-    config = ppo.Config(recipe="smoke", run=str(run_folder), tracking="none", threads=1)
+    sizes = {"max_prompt_tokens": 32, "max_response_tokens": 16, "threads": 1}
+    config = ppo.Config(recipe="smoke", run=str(run_folder), tracking="none", **sizes)
     parents = ppo.open_parents(config)
     roles = ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
     first = {name: next(model.parameters()) for name, model in vars(roles).items()}
