@@ -2,7 +2,8 @@ r"""Holds PPO against SFT on prompts that no stage has seen, or generates in bul
 
 Reads   runs/<recipe>/{data,pretrain,sft,reward,ppo}; of the data the test split, and only here.
 Writes  runs/<recipe>/evaluate: results.json (every figure with its interval, best-of-n, the
-        reward-model report) and samples.jsonl (the replies of both policies side by side).
+        alignment tax, the reward-model report) and samples.jsonl (the replies of both policies side
+        by side).
 Run     make evaluate RECIPE=cpu
 
 In bulk, from any causal language model and without a run folder:
@@ -98,6 +99,8 @@ class Config(StageConfig):
     """Prompts or replies of one forward pass."""
     bootstrap_samples: int = 2000
     """Resamples of conversations behind every 95% interval."""
+    text_rows: int = 128
+    """Rows of held-out text on which the alignment tax is measured."""
     best_of: BestOf = field(default_factory=BestOf)
     """Control: best-of-n of SFT."""
     generate: Generate = field(default_factory=Generate)
@@ -105,7 +108,7 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_prompts", "batch_size", "bootstrap_samples"):
+        for name in ("num_prompts", "batch_size", "bootstrap_samples", "text_rows"):
             value = getattr(self, name)
             require(value >= 1, f"{name}: must be at least 1, got {value}")
         require(
@@ -235,6 +238,23 @@ def report_on_ratings(
     )
 
 
+def measure_tax(
+    models: "Models", parents: Mapping[str, Artifact], config: Config
+) -> dict[str, float] | None:
+    """Returns the alignment tax on the test text, in rows as long as PPO's longest."""
+    from pipeline.evaluation.alignment_tax import alignment_tax
+
+    longest = parents["ppo"].config
+    return alignment_tax(
+        models.sft,
+        models.ppo,
+        text=parents["data"].path / "text-test.parquet",
+        tokenizer=models.tokenizer,
+        length=longest["max_prompt_tokens"] + longest["max_response_tokens"],
+        num_rows=config.text_rows,
+    )
+
+
 def generate_in_bulk(config: Config, *, device: Any) -> None:
     """Writes one reply for every prompt of a file."""
     from pipeline.evaluation.prompt_files import read_prompts, write_replies
@@ -299,7 +319,11 @@ def run(config: Config) -> None:
         results["reward_model"] = report_on_ratings(
             models, parents, reading=reading, seed=config.seed
         )
-        results |= {"max_response_tokens": limit, "prompts_left_out": num_left_out}
+        results |= {
+            "alignment_tax": measure_tax(models, parents, config),
+            "max_response_tokens": limit,
+            "prompts_left_out": num_left_out,
+        }
         flat = figures(results)
         stage.log(0, {f"evaluate/{name}": value for name, value in flat.items()})
         stage.log_samples(0, [dataclasses.asdict(record) for record in records])

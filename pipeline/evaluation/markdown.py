@@ -67,7 +67,10 @@ def results_markdown(results: Mapping[str, Any]) -> str:
             "# SFT against PPO",
             ABOUT,
             table(["figure", "target", "value", "met"], targets),
-            table(["", "SFT", "PPO"], _policy_rows(results["policies"])),
+            table(
+                ["", "SFT", "PPO"],
+                _policy_rows(results["policies"]) + _tax_row(results["alignment_tax"]),
+            ),
             table(["best of n", "KL bound", "gold win rate"], control) if control else "",
             equal_kl_sentence(results["equal_kl"]),
         ]
@@ -91,6 +94,11 @@ def _policy_rows(policies: Mapping[str, Any]) -> list[list[str]]:
     }
     rows = [[title, interval(sft[key]), interval(ppo[key])] for title, key in estimated.items()]
     return rows + [[t, f"{sft[key]:.3f}", f"{ppo[key]:.3f}"] for t, key in plain.items()]
+
+
+def _tax_row(tax: Mapping[str, float] | None) -> list[list[str]]:
+    title = "perplexity on held-out text (the alignment tax)"
+    return [[title, f"{tax['sft']:.2f}", f"{tax['ppo']:.2f}"]] if tax else []
 
 
 def _cell(text: str) -> str:

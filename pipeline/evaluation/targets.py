@@ -68,6 +68,8 @@ def figures(results: Mapping[str, Any]) -> dict[str, float]:
     }
     if results["equal_kl"]:
         flat["lead_over_best_of_n"] = results["equal_kl"]["difference"]["value"]
+    if results.get("alignment_tax"):
+        flat["text_perplexity_ratio"] = results["alignment_tax"]["ratio"]
     flat |= _reward_figures(results.get("reward_model") or {})
     return {name: float(value) for name, value in flat.items() if value is not None}
 

@@ -64,6 +64,8 @@ def _write_data(folder: Path) -> None:
     ]
     prompts.append({"prompt": " ".join(WORDS * 4), "group": "chat-long"})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(prompts), folder / "prompts-test.parquet")
+    text = pyarrow.Table.from_pylist([{"text": " ".join(WORDS * 2)}] * 30)
+    pyarrow.parquet.write_table(text, folder / "text-test.parquet")
     for split in ("train", "test"):
         rows = [_ranking(generator) for _ in range(3)]
         pyarrow.parquet.write_table(

@@ -105,3 +105,11 @@ def test_the_card_holds_targets_policies_and_control(results):
     card = results_markdown(results)
     for words in ("| Gold win rate over SFT |", "| distinct-2 |", "| 4 | 0.64 |", "PPO "):
         assert words in card
+    assert "| perplexity on held-out text (the alignment tax) | 80.00 | 92.00 |" in card
+    assert figures(results)["text_perplexity_ratio"] == 1.15
+
+
+def test_a_run_without_text_has_no_alignment_tax(results):
+    bare = results | {"alignment_tax": None}
+    assert "held-out text" not in results_markdown(bare)
+    assert "text_perplexity_ratio" not in figures(bare)

@@ -75,6 +75,7 @@ def results_of(rows: list[Record], *, texts: int = 60) -> dict[str, Any]:
             for name, rated in zip(("tweets", "movies"), ratings, strict=True)
         }
     )
+    results["alignment_tax"] = {"sft": 80.0, "ppo": 92.0, "ratio": 1.15}
     return results
 
 

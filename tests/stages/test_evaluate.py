@@ -58,6 +58,8 @@ def test_every_figure_is_there(evaluated):
     assert results["comparison"]["kl"]["value"] > 0
     assert results["max_response_tokens"] == 6
     assert results["prompts_left_out"] == 1
+    tax = results["alignment_tax"]
+    assert evaluated.summary["text_perplexity_ratio"] == tax["ratio"] == tax["ppo"] / tax["sft"]
     assert results["reward_model"]["split"] == "test"
     assert results["reward_model"]["sets"]["tweets"]["num_pairs"] > 0
     assert evaluated.summary["gold_win_rate"] == results["comparison"]["gold_win_rate"]["value"]

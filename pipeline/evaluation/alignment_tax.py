@@ -1,0 +1,46 @@
+"""The alignment tax: what a policy has forgotten of the text it was pretrained on."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.corpus import read_corpus, stack
+from pipeline.fitting import mean_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ROWS_PER_BATCH = 8
+"""Rows of one forward pass: few, as all of their logits exist at once."""
+
+
+def alignment_tax(
+    sft: Any,
+    ppo: Any,
+    *,
+    text: Path,
+    tokenizer: "PreTrainedTokenizerFast",
+    length: int,
+    num_rows: int,
+) -> dict[str, float] | None:
+    """Returns both policies' perplexity on held-out text, and PPO's as a share of SFT's.
+
+    Ouyang et al. 2022, section 4.2, who measure it on tasks. Every process must call it: they share
+    the rows. None where the run has no text.
+
+    Args:
+        sft: causal LM.
+        ppo: causal LM of the same vocabulary.
+        text: file of text rows of a split that no stage has read.
+        tokenizer: of both.
+        length: tokens of a packed row, at least 2.
+        num_rows: rows that are read, evenly spaced; fewer where there are fewer.
+    """
+    if not text.is_file():
+        return None
+    rows = read_corpus(text, tokenizer=tokenizer, length=length).rows
+    count = min(num_rows, len(rows))
+    chosen = [rows[index * len(rows) // count] for index in range(count)]
+    batches = [stack(chosen[i : i + ROWS_PER_BATCH]) for i in range(0, count, ROWS_PER_BATCH)]
+    before, after = (math.exp(mean_nll(model, batches)[0]) for model in (sft, ppo))
+    return {"sft": before, "ppo": after, "ratio": after / before}
