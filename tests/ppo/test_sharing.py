@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from pipeline.errors import UserError
 from pipeline.lora import LoRA
-from pipeline.models import load_causal_lm, load_reward_model
+from pipeline.models import load_causal_lm, load_reward_model, score_responses
 from pipeline.ppo.experience import Roles, measure, state_values
 from pipeline.ppo.settings import KL
 from pipeline.ppo.sharing import share_base
@@ -26,7 +26,7 @@ def flat(model) -> torch.Tensor:
 
 def measured(roles: Roles) -> dict[str, torch.Tensor]:
     found = measure(roles, PROMPTS, RESPONSES, temperature=0.8, pad_id=PAD, batch_size=6)
-    scores = torch.tensor(found.pop("scores"))
+    scores = score_responses(roles.reward_model, PROMPTS, RESPONSES, pad_id=PAD)
     return {**{name: torch.cat(rows) for name, rows in found.items()}, "scores": scores}
 
 
