@@ -158,7 +158,8 @@ def build_trainer(
     trained = with_adapter(model, config.lora, task="SEQ_CLS", seed=config.seed)
     return RankingTrainer(
         model=trained,
-        # Processes need different numbers of forward passes, so none of them may synchronise.
+        # Texts that are not packed take processes different numbers of forward passes, so none of
+        # these may synchronise.
         args=TrainingArguments(**arguments, ddp_broadcast_buffers=False),
         train_dataset=TrainingRankings(
             rows=rows,

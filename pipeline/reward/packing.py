@@ -29,7 +29,7 @@ class Packed:
     last: Int[Tensor, "text 2"]
 
     def inputs(self) -> dict[str, Tensor]:
-        """Returns the keyword arguments of a transformers model's forward."""
+        """Returns the rows by the names of a transformers model's forward; the mask is Boolean."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,

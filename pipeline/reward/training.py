@@ -62,7 +62,12 @@ def ranking_scores(
     if "chunks" in batch:
         scores = torch.cat([model(**chunk).logits[:, 0] for chunk in batch["chunks"]])
         return wide(scores[batch["place"]])
-    output = model(**batch["rows"], output_hidden_states=True, use_cache=False)
+    visible = batch["rows"]["attention_mask"]
+    # Added to the attention's logits: plain attention would add True and False as 1 and 0.
+    mask = torch.zeros(visible.shape, dtype=unwrapped.dtype, device=visible.device)
+    mask = mask.masked_fill(~visible, torch.finfo(unwrapped.dtype).min)
+    read = batch["rows"] | {"attention_mask": mask}
+    output = model(**read, output_hidden_states=True, use_cache=False)
     rows, columns = batch["last"].unbind(dim=1)
     return wide(unwrapped.score(output.hidden_states[-1][rows, columns])[:, 0])
 
