@@ -1,7 +1,7 @@
 """The language-model loss without the logits of a whole batch: chunk by chunk, while they are hot.
 
 A batch's logits are its largest tensor by far (2,048 tokens of 8,192 words: 67 MB), and a plain
-cross entropy writes and reads them some six times. Here a chunk's logits turn into its gradient
+cross entropy holds them, their logarithms and their gradient. Here a chunk's logits turn into its gradient
 where they are, in the processor's cache, and only the gradients of states and head are kept.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from pipeline.fitting import IGNORED
+from pipeline.sequences import wide
 
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at a time. 64 to 512 take about the same time."""
@@ -74,7 +75,7 @@ class _TokenNLL(torch.autograd.Function):
 
 def _chunk(logits: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
     """Returns a chunk's loss and its gradient by the logits, whose memory it takes."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     logits -= logits.max(dim=1, keepdim=True).values
     chosen = logits.gather(1, targets[:, None])[:, 0]
     mean = logits.mean(dim=1) if smoothing else torch.zeros_like(chosen)

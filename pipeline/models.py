@@ -12,7 +12,7 @@ from pipeline.architecture import Architecture
 from pipeline.config import require
 from pipeline.errors import UserError
 from pipeline.origin import Origin
-from pipeline.sequences import collate
+from pipeline.sequences import collate, wide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -243,7 +243,7 @@ def last_token_scores(
     last = torch.where(batch.attention_mask, columns, -1).max(dim=1).values  # padding on any side
     rows = torch.arange(len(last), device=last.device)
     raw: Tensor = model.score(hidden[rows, last])[:, 0]
-    return raw.to(torch.promote_types(raw.dtype, torch.float32))
+    return wide(raw)
 
 
 @torch.no_grad()

@@ -73,7 +73,12 @@ def next_logits(
 ) -> Float[Tensor, "token vocabulary"]:
     """Returns the logits after each state, divided by the temperature, float32 or wider."""
     logits = model.get_output_embeddings()(states)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return wide(logits) / temperature
+
+
+def wide(values: Tensor) -> Tensor:
+    """Returns floats in float32, or as they are where that is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def pad_tokens(

@@ -77,8 +77,8 @@ def build_trainer(
 ) -> "SFTTrainer":
     """Returns TRL's trainer over rows that are tokenised, masked and in reading order.
 
-    Its loss is ours, which is the same: TRL's chunked head, made for GPUs, takes three to five
-    times as long as a plain one on a processor (docs/LOG.md).
+    Its loss is ours, which is the same: TRL's chunked head, made for GPUs, takes three times as
+    long as a plain one on a processor (python -m benchmarks.language_loss).
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer

@@ -18,6 +18,7 @@ from pipeline.sequences import (
     pad_tokens,
     response_states,
     token_entropy,
+    wide,
 )
 
 
@@ -114,8 +115,7 @@ def length_mask(responses: Sequence[Sequence[int]]) -> Bool[Tensor, "batch time"
 
 def state_values(value_model: Any, states: Float[Tensor, "token width"]) -> Float[Tensor, "token"]:
     """Returns the normalised value of each state, float32 or wider."""
-    raw = value_model.score(states)[:, 0]
-    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    raw = wide(value_model.score(states)[:, 0])
     return (raw - value_model.config.reward_mean) / value_model.config.reward_std
 
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.sequences import wide
+
 COMPACT_AT = 0.75
 """Finished rows leave the batch once no more than this share of it is still being generated."""
 
@@ -39,8 +41,7 @@ def sample_tokens(
     temperature: float,
 ) -> Int[Tensor, "batch"]:
     """Returns the first token whose cumulative probability exceeds the row's uniform number."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    cumulative = (logits.to(wide) / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    cumulative = (wide(logits) / temperature).softmax(dim=-1).double().cumsum(dim=-1)
     threshold = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     return tokens.clamp(max=logits.shape[1] - 1)

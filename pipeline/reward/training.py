@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from pipeline.errors import UserError
 from pipeline.models import head_of, load_with_new_head
 from pipeline.reward.loss import comparison_loss
+from pipeline.sequences import wide
 
 
 class RankingTrainer(Trainer):
@@ -70,11 +71,6 @@ def ranking_scores(
     output = model(**read, output_hidden_states=True, use_cache=False)
     rows, columns = batch["last"].unbind(dim=1)
     return wide(unwrapped.score(output.hidden_states[-1][rows, columns])[:, 0])
-
-
-def wide(scores: Float[Tensor, " text"]) -> Float[Tensor, " text"]:
-    """Returns the scores in float32, or as they are where that is wider."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def reward_model_from(
