@@ -1,8 +1,9 @@
 """The language-model loss without the logits of a whole batch: chunk by chunk, while they are hot.
 
 A batch's logits are its largest tensor by far (2,048 tokens of 8,192 words: 67 MB), and a plain
-cross entropy holds them, their logarithms and their gradient. Here a chunk's logits turn into its gradient
-where they are, in the processor's cache, and only the gradients of states and head are kept.
+cross entropy holds them, their logarithms and their gradient. Here a chunk's logits turn into its
+gradient where they are, in the processor's cache, and only the gradients of states and head are
+kept.
 """
 
 import inspect
