@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.ppo.kl import k2, k3
-from pipeline.sequences import wide
 
 
 @dataclass(frozen=True)
@@ -149,5 +148,6 @@ def text_loss(
         ids: packed rows, every token real; the first of a row is predicted by nothing.
         num_tokens: predicted tokens of the whole minibatch, over all ranks.
     """
-    chosen = wide(logits[:, :-1]).log_softmax(dim=-1).gather(2, ids[:, 1:, None])
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = wide.log_softmax(dim=-1).gather(2, ids[:, 1:, None])
     return Loss(-chosen.sum() / num_tokens, {})
