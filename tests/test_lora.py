@@ -7,6 +7,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.lora import LoRA, merged, quantisation, with_adapter, write_adapter
+from pipeline.models import load_causal_lm
 from tests.support import assert_close, tiny_llama
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -66,6 +67,24 @@ def test_four_bits_need_bitsandbytes(monkeypatch):
     config = quantisation(LoRA(rank=4, quantise="4bit"))
     assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "nf4")
     assert set(config.llm_int8_skip_modules) == {"lm_head", "score"}
+
+
+def test_four_bits_train_an_adapter_on_a_frozen_base(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
+    tiny_llama().save_pretrained(tmp_path)
+    lora = LoRA(rank=4, quantise="4bit")
+    base = load_causal_lm(tmp_path, quantisation=quantisation(lora))
+    packed = base.model.layers[0].self_attn.q_proj.weight
+    before, logits = packed.clone(), tiny_llama()(IDS).logits
+    assert packed.dtype == torch.uint8
+    assert 0 < (base(IDS).logits - logits).abs().max() < 0.5 * logits.std()
+    wrapped = with_adapter(base, lora, task="CAUSAL_LM", seed=3)
+    wrapped(IDS, labels=IDS).loss.backward()
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert all(p.grad.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
+    assert torch.equal(packed, before)
 
 
 def test_layers_that_do_not_exist_are_refused():

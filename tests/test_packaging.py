@@ -22,16 +22,17 @@ def normal(name: str) -> str:
 PINS = {normal(name): version for name, version in (line.split("==") for line in LINES)}
 
 
-def requirements() -> list[Requirement]:
-    """Our own requirements, the development tools' included."""
-    words = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+def requirements(*extras: str) -> list[Requirement]:
+    """Our own requirements, those of the named extras included."""
+    optional = PROJECT["optional-dependencies"]
+    words = PROJECT["dependencies"] + [word for extra in extras for word in optional[extra]]
     return [Requirement(word) for word in words]
 
 
 def installed_tree() -> dict[str, str]:
     """Name and version of everything our requirements bring with them here."""
     tree: dict[str, str] = {}
-    waiting = [(requirement, frozenset(requirement.extras)) for requirement in requirements()]
+    waiting = [(requirement, frozenset(requirement.extras)) for requirement in requirements("dev")]
     seen = set()
     while waiting:
         requirement, extras = waiting.pop()
@@ -62,7 +63,7 @@ def test_everything_installed_is_pinned_at_its_version():
 
 
 def test_the_pins_lie_within_our_ranges():
-    for requirement in requirements():
+    for requirement in requirements(*PROJECT["optional-dependencies"]):
         assert requirement.specifier, f"{requirement.name} has no range"
         assert requirement.specifier.contains(PINS[normal(requirement.name)]), requirement
 
