@@ -56,7 +56,8 @@ class _TokenNLL(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             table = head.to(hidden.dtype)
-            to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head)
+            to_hidden = torch.empty_like(hidden)
+            to_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
             total = head.new_zeros(())
             for start in range(0, len(hidden), CHUNK_TOKENS):
                 part = slice(start, start + CHUNK_TOKENS)
@@ -64,14 +65,16 @@ class _TokenNLL(torch.autograd.Function):
                 total += loss
                 slope = slope.to(hidden.dtype)
                 torch.mm(slope, table, out=to_hidden[part])
-                to_head += slope.T @ hidden[part]
+                if to_head is not None:
+                    to_head += slope.T @ hidden[part]
         ctx.save_for_backward(to_hidden, to_head)
         return total
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         to_hidden, to_head = ctx.saved_tensors
-        return slope.to(to_hidden.dtype) * to_hidden, slope * to_head, None, None
+        by_head = None if to_head is None else slope * to_head
+        return slope.to(to_hidden.dtype) * to_hidden, by_head, None, None
 
 
 def _chunk(logits: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,16 @@ def test_it_equals_the_plain_cross_entropy(monkeypatch, num_tokens, smoothing):
         assert_close(our, their, tolerance=1e-10)
 
 
+def test_a_frozen_head_gets_no_gradient_and_changes_none():
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    head, targets = torch.randn(11, 6, dtype=torch.float64), torch.randint(0, 11, (9,))
+    token_nll(hidden, head, targets).backward()
+    expected = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="sum")
+    assert_close(hidden.grad, torch.autograd.grad(expected, hidden)[0], tolerance=1e-10)
+    assert head.grad is None
+
+
 def test_large_logits_stay_finite():
     hidden, head = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]])
     # The target is 600 nats below the other: its loss is 600.
