@@ -22,6 +22,7 @@ from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import gather_objects, is_main, rank, setup, world_size
+from pipeline.spacing import evenly_spaced
 from pipeline.storage import write_json
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Config(StageConfig):
     def draw_rows(self) -> frozenset[int]:
         """Numbers of the prompts that best-of-n is measured on."""
         count = self.best_of.num_prompts or self.num_prompts
-        return frozenset(index * self.num_prompts // count for index in range(count))
+        return frozenset(evenly_spaced(self.num_prompts, count))
 
 
 def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tuple["Prompts", int]:
@@ -150,7 +151,7 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
         f"num_prompts: {path} holds only {len(usable)} prompts of at most "
         f"{longest['max_prompt_tokens']} tokens, {num_prompts} asked for",
     )
-    chosen = [usable[index * len(usable) // num_prompts] for index in range(num_prompts)]
+    chosen = [usable[index] for index in evenly_spaced(len(usable), num_prompts)]
     prompts = Prompts(
         rows=list(range(num_prompts)),
         texts=[prompt_text(row["prompt"]) for row, _ in chosen],

@@ -81,7 +81,7 @@ class Config(StageConfig):
     validate_every: int = 10
     """Updates between two looks at the validation prompts."""
     validation_prompts: int = 256
-    """Validation prompts, the same ones and the same uniform numbers at every look."""
+    """Validation prompts, evenly spaced: the same, with the same uniform numbers, at every look."""
     guard: Guard = field(default_factory=Guard)
     """A second reward model that watches for over-optimisation."""
     keep_rollout_every: int = 0
@@ -290,7 +290,8 @@ def build_trainer(
         watch = Watch(guard, patience=config.guard.patience)
     validation = Validation(
         trainer,
-        splits["validation"].tokens[: config.validation_prompts],
+        splits["validation"].tokens,
+        num_prompts=config.validation_prompts,
         tokenizer=tokenizer,
         watch=watch,
         text=text.get("validation"),
@@ -309,9 +310,8 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
         metrics = validation.look(stage, update=update, judged=config.judges(update))
         stage.log(update, diagnoser.read(metrics, update=update))
 
-    done = 0
-    if point is not None:
-        done = point[0]
+    done = point[0] if point else 0
+    if point:
         trainer.load(point[1])
         logged = read_jsonl(stage.path / "metrics.jsonl")
         validation.recall(logged)

@@ -18,6 +18,7 @@ from pipeline.corpus import Corpus, read_corpus, stack
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.origin import Origin, load_origin_tokenizer, locate
+from pipeline.spacing import evenly_spaced
 from pipeline.training import Training, row_order, trainer_arguments
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Config(StageConfig):
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over the vocabulary, in training only."""
     eval_rows: int = 256
-    """Validation rows read while training; the final figures read all of them."""
+    """Validation rows, evenly spaced, read while training; the final figures read all of them."""
     training: Training = field(default_factory=Training)
     """How the weights are moved."""
 
@@ -192,10 +193,11 @@ def build_trainer(
 def validation_metrics(
     model: "PreTrainedModel", corpus: Corpus, *, num_rows: int, batch_size: int
 ) -> dict[str, float]:
-    """Returns loss (nats per token), perplexity and bits per byte on the first rows."""
+    """Returns loss (nats per token), perplexity and bits per byte on rows at even distances."""
     from pipeline.fitting import mean_nll
 
-    batches = [stack(list(rows)) for rows in corpus.rows[:num_rows].split(batch_size)]
+    chosen = corpus.rows[evenly_spaced(len(corpus.rows), num_rows)]
+    batches = [stack(list(rows)) for rows in chosen.split(batch_size)]
     loss, _ = mean_nll(model, batches)
     return {
         "validation/loss": loss,

@@ -19,6 +19,7 @@ from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, Example, Examples, collate, read_examples
 from pipeline.lora import LoRA, quantisation, with_adapter
+from pipeline.spacing import evenly_spaced
 from pipeline.training import Training, padding_frac, row_order, trainer_arguments
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Config(StageConfig):
     max_length: int = 128
     """Longest row in tokens, prompt and reply; longer ones are dropped and counted."""
     eval_rows: int = 512
-    """Validation rows read while training; the final figures read all of them."""
+    """Validation rows, evenly spaced, read while training; the final figures read all of them."""
     samples: int = 8
     """Replies to validation prompts written to samples.jsonl."""
     sample_tokens: int = 48
@@ -137,11 +138,11 @@ def write_samples(
     run: StageRun,
     step: int,
 ) -> None:
-    """Writes sampled replies (temperature 1) to the first validation prompts beside people's."""
+    """Writes sampled replies (temperature 1) to a few validation prompts beside people's."""
     from pipeline.ppo.rollout import generate, uniforms
     from pipeline.tokenizer import decode_response
 
-    chosen = rows[: config.samples]
+    chosen = [rows[index] for index in evenly_spaced(len(rows), config.samples)]
     if not chosen or not run.is_main:
         return
     prompts = [_prompt_of(row) for row in chosen]
@@ -207,7 +208,7 @@ def train_and_validate(
     def validate(num_rows: int) -> dict[str, float]:
         return validation_metrics(
             trainer.model,
-            validation[:num_rows],
+            [validation[index] for index in evenly_spaced(len(validation), num_rows)],
             pad_id=tokenizer.pad_token_id,
             batch_size=config.training.microbatch_size,
         )

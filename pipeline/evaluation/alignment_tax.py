@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.corpus import read_corpus, stack
 from pipeline.fitting import mean_nll
+from pipeline.spacing import evenly_spaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,8 +40,7 @@ def alignment_tax(
     if not text.is_file():
         return None
     rows = read_corpus(text, tokenizer=tokenizer, length=length).rows
-    count = min(num_rows, len(rows))
-    chosen = [rows[index * len(rows) // count] for index in range(count)]
-    batches = [stack(chosen[i : i + ROWS_PER_BATCH]) for i in range(0, count, ROWS_PER_BATCH)]
+    chosen = [rows[index] for index in evenly_spaced(len(rows), num_rows)]
+    batches = [stack(chosen[i : i + ROWS_PER_BATCH]) for i in range(0, len(chosen), ROWS_PER_BATCH)]
     before, after = (math.exp(mean_nll(model, batches)[0]) for model in (sft, ppo))
     return {"sft": before, "ppo": after, "ratio": after / before}

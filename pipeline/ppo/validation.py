@@ -11,6 +11,7 @@ from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
 from pipeline.ppo.guard import Watch, keep_best
 from pipeline.ppo.trainer import PPOTrainer, placed
+from pipeline.spacing import evenly_spaced
 from pipeline.tokenizer import decode_response
 
 if TYPE_CHECKING:
@@ -36,14 +37,18 @@ class Validation:
         trainer: PPOTrainer,
         prompts: Sequence[list[int]],
         *,
+        num_prompts: int,
         tokenizer: "PreTrainedTokenizerFast",
         watch: Watch | None = None,
         text: Int[Tensor, "row time"] | None = None,
     ) -> None:
-        """Takes prompts, and text whose first rows, one a prompt, show the alignment tax."""
-        self.text = None if text is None else text[: len(prompts)]
-        self.trainer, self.prompts, self.tokenizer = trainer, list(prompts), tokenizer
-        self.watch = watch
+        """Takes a split's prompts, and its text, which shows the alignment tax.
+
+        Evenly spaced ones are read: num_prompts prompts, and a row of text for each.
+        """
+        self.prompts = [prompts[row] for row in evenly_spaced(len(prompts), num_prompts)]
+        self.text = None if text is None else text[evenly_spaced(len(text), len(self.prompts))]
+        self.trainer, self.tokenizer, self.watch = trainer, tokenizer, watch
         self.looks: dict[int, dict[str, float]] = {}
 
     def look(self, stage: StageRun, *, update: int, judged: bool = False) -> dict[str, float]:

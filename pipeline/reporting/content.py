@@ -13,6 +13,7 @@ from pipeline.ppo.keep import kept_rollouts
 from pipeline.reporting.charts import Chart
 from pipeline.reporting.curves import charts_of, curves
 from pipeline.reporting.figures import bin_name, frontier, guard_charts, reward_charts
+from pipeline.spacing import evenly_spaced
 from pipeline.storage import read_json, read_jsonl
 
 EVEN_SAMPLES = 12
@@ -133,8 +134,7 @@ def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
 
 def choose_samples(records: Sequence[dict[str, Any]]) -> list[Samples]:
     """Returns prompts at even distances, and the extremes that a flattering choice would hide."""
-    count = min(EVEN_SAMPLES, len(records))
-    even = [records[index * len(records) // count] for index in range(count)]
+    even = [records[index] for index in evenly_spaced(len(records), EVEN_SAMPLES)]
     losses = sorted(records, key=lambda row: row["ppo"]["gold"] - row["sft"]["gold"])
     far = sorted(records, key=lambda row: -row["kl"])
     return [
