@@ -1,0 +1,86 @@
+"""Adapters trained by two connected processes: they end where those of one process end."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stages.data
+import stages.pretrain
+import stages.reward
+import stages.sft
+import stages.tokenizer
+from pipeline.config import load
+from tests.support import assert_close
+
+SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
+FEW = ["--training.steps=4", "--training.log_every=1", "--training.save_every=0"]
+ADAPTER = ["--lora.rank=4", "--training.optimizer=adamw"]
+"""Not Muon, which makes every singular value 1, those that are rounding included."""
+
+TOLERANCE = 1e-6
+"""A two-thousandth of an AdamW step. Measured: 0, for one process adds the same two microbatches
+that two processes read, and what they are multiplied by is a power of two. Without the reduction of
+gradients: 0.02."""
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """A run folder with the smoke recipe up to sft, trained for a few steps."""
+    folder = tmp_path_factory.mktemp("run")
+    for stage in ("data", "tokenizer", "pretrain", "sft"):
+        module = getattr(stages, stage)
+        few = FEW if stage in ("pretrain", "sft") else []
+        module.run(load(module.Config, [*SMOKE, *few, f"--run={folder}"], stage=stage))
+    return folder
+
+
+def words(folder: Path, *, processes: int) -> list[str]:
+    """The command line of a stage with adapters."""
+    return [*SMOKE, *FEW, *ADAPTER, f"--run={folder}", f"--num_processes={processes}"]
+
+
+def alone(folder: Path, stage: str) -> None:
+    """Runs a stage in this process."""
+    module = getattr(stages, stage)
+    module.run(load(module.Config, words(folder, processes=1), stage=stage))
+
+
+def together(folder: Path, stage: str) -> None:
+    """Runs a stage in two processes, as `make NPROC=2` does."""
+    launch = [sys.executable, "-m", "pipeline.launch", "2", f"stages.{stage}"]
+    result = subprocess.run(
+        [*launch, *words(folder, processes=2)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter and the merged model of a stage's folder, by name."""
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return {**load_file(folder / "model.safetensors"), **adapter}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_two_processes_train_the_adapter_that_one_does(parents, tmp_path, stage):
+    found = []
+    for work in (alone, together):
+        folder = tmp_path / work.__name__
+        for name in {"data", "pretrain", "sft"} - {stage}:
+            shutil.copytree(parents / name, folder / name)
+        work(folder, stage)
+        found.append(weights(folder / stage))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert all(weight.any() for name, weight in one.items() if "lora_B" in name)
+    for name, weight in two.items():
+        assert_close(weight, one[name], tolerance=TOLERANCE)
