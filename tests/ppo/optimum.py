@@ -11,7 +11,7 @@ Run     python -m tests.ppo.optimum          every row of the table in docs/ppo.
 import copy
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.ppo.sharing import TrunkValue
 from pipeline.ppo.trainer import PPOTrainer
 
 VOCABULARY, CONTEXT, EOS, PAD = 5, 7, 1, 0
@@ -31,6 +32,8 @@ TEMPERATURE = 0.7
 
 KEEP_SCORES = Reward(missing_eos_score=None)
 RATES = Optimisation(learning_rate=0.1, value_learning_rate=0.1, epochs=2, max_grad_norm=10.0)
+WARMED = replace(RATES, critic_warmup=5)
+"""For a critic that starts as a head of zeros."""
 
 NEAR = 0.02
 """KL(pi || pi*) in nats below which the trainer has arrived."""
@@ -50,8 +53,11 @@ class Table(torch.nn.Module):
     """A model that approximates nothing: free numbers for every (position, last two tokens).
 
     As a policy they are the next token's logits, as a value or reward model one number. It reads
-    `position_ids` and a cache like any other model, so wrong ones move it off its optimum.
+    `position_ids` and a cache like any other model, so wrong ones move it off its optimum. The
+    numbers are its hidden states too, for a critic on its trunk.
     """
+
+    base_model_prefix = ""
 
     def __init__(self, *, outputs: int, seed: int) -> None:
         super().__init__()
@@ -59,7 +65,7 @@ class Table(torch.nn.Module):
         shape = (CONTEXT, VOCABULARY, VOCABULARY, outputs)
         self.numbers = torch.nn.Parameter(torch.randn(shape, generator=generator))
         self.device = torch.device("cpu")
-        self.config = SimpleNamespace(reward_mean=0.5, reward_std=2.0)
+        self.config = SimpleNamespace(reward_mean=0.5, reward_std=2.0, hidden_size=outputs)
         self.score = torch.nn.Identity()
 
     def get_output_embeddings(self) -> torch.nn.Module:
@@ -90,6 +96,8 @@ class World:
     reward: Reward = KEEP_SCORES
     optimisation: Optimisation = RATES
     updates: int = 60
+    trunk: bool = False
+    """Whether the critic is a head on the policy's hidden states (`roles: trunk`)."""
 
     def trainer(self, reward_model: Any = None) -> PPOTrainer:
         """A trainer whose policy starts as the reference; scores are random unless given."""
@@ -99,8 +107,10 @@ class World:
             scores.numbers.mul_(2.0).add_(
                 0.5 + 2.0 * self.mean_score
             )  # deviation 1 when normalised
+        policy = copy.deepcopy(reference)
+        critic = TrunkValue(policy) if self.trunk else value
         return PPOTrainer(
-            Roles(copy.deepcopy(reference), reference, reward_model or scores, value), PROMPTS,
+            Roles(policy, reference, reward_model or scores, critic), PROMPTS,
             settings=self.settings(), accelerator=Accelerator(cpu=True), eos_id=EOS, pad_id=PAD,
         )  # fmt: skip
 
@@ -226,6 +236,14 @@ TABLE: dict[str, dict[str, Any]] = {
     **{
         f"{budget} token, beta {coef}": {"budget": budget, "kl": fixed(coef)}
         for budget in (1, 2)
+        for coef in (0.5, 1.0, 2.0)
+    },
+    **{
+        f"2 token, beta {coef}, one trunk": {
+            "kl": fixed(coef),
+            "trunk": True,
+            "optimisation": WARMED,
+        }
         for coef in (0.5, 1.0, 2.0)
     },
     "2 token, target 0.2": {"kl": adaptive(0.2)},

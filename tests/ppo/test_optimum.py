@@ -8,7 +8,16 @@ import torch
 
 from pipeline.ppo.settings import Reward
 from tests.ppo import optimum
-from tests.ppo.optimum import NEAR, World, adaptive, coefficient, divergence, drive, fixed
+from tests.ppo.optimum import (
+    NEAR,
+    WARMED,
+    World,
+    adaptive,
+    coefficient,
+    divergence,
+    drive,
+    fixed,
+)
 from tests.support import assert_close
 
 
@@ -39,8 +48,11 @@ def test_every_response_is_listed_once():
         World(seed=1, budget=1, kl=fixed(0.5), updates=30),
         World(seed=2, kl=fixed(1.0), mean_score=3.0, updates=50),
         World(seed=3, kl=fixed(1.0), reward=Reward(missing_eos_score=-1.0), updates=50),
+        World(seed=1, kl=fixed(1.0), trunk=True, optimisation=WARMED, updates=50),
+        World(seed=2, kl=fixed(1.0), trunk=True, optimisation=WARMED, updates=50),
+        World(seed=3, kl=fixed(0.5), trunk=True, optimisation=WARMED),
     ],
-    ids=["one token", "two tokens", "missing EOS"],
+    ids=["one token", "two tokens", "missing EOS", "trunk 1", "trunk 2", "trunk 3"],
 )
 def test_a_fixed_coefficient_ends_at_its_optimum(world):
     result = drive(world)
