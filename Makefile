@@ -14,7 +14,7 @@ STAGES := data tokenizer pretrain sft reward ppo evaluate report
 OPTIONAL := reward_guard
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) seeds chat install test check format gpu-check help always
+.PHONY: all $(STAGES) $(OPTIONAL) seeds chat install test check format bench gpu-check help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
@@ -124,6 +124,15 @@ check: $(venv) ## format, lint, types, imports, dead code
 format: $(venv) ## format the code and mend what the linter can
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+
+bench: $(venv) .venv-trl/installed ## time PPO beside TRL's last PPO trainer, and write the table
+	$(PYTHON) -m benchmarks.versus_trl --peer=.venv-trl/bin/python $(ARGS)
+
+.venv-trl/installed: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	grep -v '^trl==' constraints.txt > .venv-trl/constraints.txt
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-trl/constraints.txt trl==1.12.0
+	@touch $@
 
 gpu-check: $(venv) ## run the tests that need a GPU
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -228,7 +228,8 @@ def mean_nll(
     model.eval()
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in batches[rank() :: world_size()]:
+        mine = batches[rank() :: world_size()]
+        for batch in progress(mine, total=len(mine), description="loss", leave=False):
             nll, tokens = _batch_nll(model, batch)
             total, count = total + nll, count + tokens
     model.train(was_training)

@@ -8,8 +8,18 @@ from pipeline.distributed import is_main
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], *, total: int, description: str, initial: int = 0) -> Iterator[T]:
-    """Yields the items while a bar shows how many are done, their rate and the time left."""
+def progress(
+    items: Iterable[T], *, total: int, description: str, initial: int = 0, leave: bool = True
+) -> Iterator[T]:
+    """Yields the items while a bar shows how many are done, their rate and the time left.
+
+    Args:
+        items: what is worked through.
+        total: how many there are, those done before included.
+        description: what is done to them.
+        initial: how many were done before.
+        leave: whether the bar stays when all are done; False for what is part of other work.
+    """
     from tqdm import tqdm
 
     yield from tqdm(
@@ -19,5 +29,6 @@ def progress(items: Iterable[T], *, total: int, description: str, initial: int =
         desc=description,
         disable=not is_main(),
         dynamic_ncols=True,
+        leave=leave,
         mininterval=0.5,
     )

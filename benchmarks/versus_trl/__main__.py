@@ -1,0 +1,148 @@
+"""Compares our PPO with TRL 1.12's, in turn, on the same models, prompts and rollouts.
+
+Each side is one process that rests while the other works. Every pair is one update of each; ratios
+are of the two halves of a pair. Both run in float32 on the same number of threads.
+
+Run     make bench                          the table of docs/performance.md
+        make bench ARGS="--workloads S --pairs 3"
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.versus_trl.table import HEADING, PHASES, lines
+from benchmarks.versus_trl.workload import WORKLOADS, Workload, needed_work, write
+
+AGREEMENT = 1e-5
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+class Side:
+    """A process that makes one update for each line it is sent."""
+
+    def __init__(self, *command: str) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+
+    def update(self) -> dict[str, Any]:
+        """Returns the figures of one update."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"bench: {' '.join(map(str, self.process.args))} ended; run it by hand")
+        figures: dict[str, Any] = json.loads(answer)
+        return figures
+
+    def end(self) -> None:
+        """Lets it go."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def matrix_limit(threads: int) -> float:
+    """Returns what products of 1,024 x 1,024 matrices reach in float32, FLOP/s, median of 20."""
+    import torch
+
+    torch.set_num_threads(threads)
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / median(seconds)
+
+
+def check_agreement(folder: Path, *, peer: Path, threads: int) -> dict[str, float]:
+    """Returns the differences of both sides' gradients; ends the run when they are too large."""
+    gradients = folder / "gradients.pt"
+    quiet = subprocess.DEVNULL
+    words = [peer, "-m", "benchmarks.versus_trl.peer", folder, str(threads), gradients]
+    subprocess.run(words, check=True, stderr=quiet)
+    words = [sys.executable, "-m", "benchmarks.versus_trl.agreement", folder, gradients]
+    found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    worst = max(found[name] for name in ("loss", "policy_gradient", "value_gradient"))
+    if worst > AGREEMENT:
+        sys.exit(f"bench: the two sides do not compute the same: {found}")
+    return found
+
+
+def compare(workload: Workload, folder: Path, *, peer: Path, pairs: int, threads: int) -> Any:
+    """Returns the figures of all updates by side, the first of each left out."""
+    write(workload, folder, rollouts=pairs + 1)
+    result: dict[str, Any] = {"workload": workload.name}
+    if not workload.ends:
+        result["agreement"] = check_agreement(folder, peer=peer, threads=threads)
+    arguments = (str(folder), str(threads))
+    sides = {
+        "trl": Side(str(peer), "-m", "benchmarks.versus_trl.peer", *arguments),
+        "ours": Side(sys.executable, "-m", "benchmarks.versus_trl.ours", *arguments),
+    }
+    figures: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
+    for number in range(pairs + 1):
+        for name, side in sides.items():
+            figures[name].append(side.update())
+        sys.stderr.write(
+            f"{workload.name} {number}/{pairs}: "
+            f"{figures['trl'][-1]['total']:.1f} s, {figures['ours'][-1]['total']:.1f} s\n"
+        )
+    for side in sides.values():
+        side.end()
+    content = json.loads((folder / "workload.json").read_text())
+    prompts = [len(prompt) for prompt in content["prompts"]]
+    rollouts = [[len(row) for row in rows] for rows in content["rollouts"][1:]]
+    work = [needed_work(workload, prompts, responses) for responses in rollouts]
+    result |= {name: rows[1:] for name, rows in figures.items()}
+    result["work"] = {phase: [each[phase] for each in work] for phase in PHASES}
+    result["tokens"] = [sum(responses) for responses in rollouts]
+    return result
+
+
+def main() -> None:
+    """Prints the table and writes everything measured to benchmarks/results/."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--peer", type=Path, required=True, help="its environment's interpreter")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    limit = matrix_limit(options.threads)
+    table = [*HEADING]
+    results = []
+    for name in options.workloads:
+        with tempfile.TemporaryDirectory() as folder:
+            result = compare(
+                WORKLOADS[name], Path(folder), peer=options.peer, pairs=options.pairs,
+                threads=options.threads,
+            )  # fmt: skip
+        results.append(result)
+        table += lines(result, limit=limit)
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": options.threads,
+        "limit_flops": limit,
+        "results": results,
+    }
+    (RESULTS / "versus_trl.json").write_text(json.dumps(content, indent=1) + "\n")
+    agreement = [f"{r['workload']}: {r['agreement']}" for r in results if "agreement" in r]
+    limits = f"float32, {options.threads} threads, {limit / 1e9:.0f} GFLOP/s in matrix products"
+    sys.stdout.write("\n".join([limits, *agreement, "", *table]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""One side of the comparison: our trainer, one update whenever a line comes in."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.models import load_causal_lm, load_reward_model
+from pipeline.ppo.experience import Roles
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.ppo.trainer import PPOTrainer
+
+MICROBATCH = 4
+"""Rows of like length that go through the models together; gradients do not depend on it."""
+
+
+class Replaying(PPOTrainer):
+    """Generates as ever, then learns from the rows of the workload."""
+
+    replays: list[dict[tuple[int, ...], list[int]]]
+    sampled: list[list[int]]
+
+    def sample(
+        self, prompts: Sequence[list[int]], *, update: int, name: str = "rollout"
+    ) -> list[list[int]]:
+        """Returns the given responses, whatever was sampled."""
+        self.sampled = super().sample(prompts, update=update, name=name)
+        return [self.replays[update][tuple(prompt)] for prompt in prompts]
+
+
+def build(folder: Path, *, minibatch: int | None = None, epochs: int | None = None) -> Replaying:
+    """Returns the trainer of a workload; as it says, or on other minibatches."""
+    content = json.loads((folder / "workload.json").read_text())
+    settings = Settings(
+        seed=0,
+        updates=len(content["rollouts"]),
+        prompts_per_update=len(content["prompts"]),
+        minibatch_size=minibatch or content["minibatch"],
+        microbatch_size=MICROBATCH,
+        max_response_tokens=content["response_length"],
+        temperature=1.0,
+        precision="fp32",
+        kl=KL(coef=0.05, controller="fixed"),
+        reward=Reward(missing_eos_score=None),
+        advantage=Advantage(),
+        optimisation=Optimisation(
+            learning_rate=1e-6,
+            value_learning_rate=1e-6,
+            epochs=epochs or content["epochs"],
+            max_grad_norm=1e9,  # TRL's trainer does not clip
+        ),
+    )
+    roles = Roles(
+        policy=load_causal_lm(folder / "policy"),
+        reference=load_causal_lm(folder / "policy").requires_grad_(False),
+        reward_model=load_reward_model(folder / "reward").requires_grad_(False),
+        value=load_reward_model(folder / "reward"),
+    )
+    trainer = Replaying(
+        roles,
+        content["prompts"],
+        settings=settings,
+        accelerator=Accelerator(cpu=True),
+        eos_id=content["eos"],
+        pad_id=content["pad"],
+    )
+    prompts = [tuple(prompt) for prompt in content["prompts"]]
+    trainer.replays = [dict(zip(prompts, rows, strict=True)) for rows in content["rollouts"]]
+    return trainer
+
+
+def measured(trainer: Replaying, number: int) -> dict[str, Any]:
+    """Returns seconds by phase, tokens sampled, and the peak memory so far in MB."""
+    start = time.perf_counter()
+    outcome = trainer.update(number)
+    total = time.perf_counter() - start
+    generation = outcome.timings["time/rollout_seconds"]
+    training = outcome.timings["time/optimise_seconds"]
+    return {
+        "generation": generation,
+        "scoring": total - generation - training,
+        "training": training,
+        "total": total,
+        "sampled_tokens": sum(len(row) for row in trainer.sampled),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+    }
+
+
+def main() -> None:
+    """Answers every line of standard input with one update's figures as JSON."""
+    torch.set_num_threads(int(sys.argv[2]))
+    trainer = build(Path(sys.argv[1]))
+    for number, _ in enumerate(sys.stdin):
+        sys.stdout.write(json.dumps(measured(trainer, number)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
