@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.ppo.cache import make_room
 from pipeline.sequences import wide
 
 COMPACT_AT = 0.75
@@ -114,6 +115,8 @@ class _Decoding:
         lengths = torch.full_like(uniforms[:, 0], budget, dtype=torch.long)
         for position in range(budget):
             logits = self._step()
+            if position == 0:
+                make_room(self.cache, positions=budget - 1)
             drawn = sample_tokens(logits, uniforms[self.active, position], temperature=temperature)
             going = lengths[self.active] == budget
             drawn = torch.where(going, drawn, eos_id)
