@@ -112,6 +112,14 @@ def compare(workload: Workload, folder: Path, *, peer: Path, pairs: int, threads
     return result
 
 
+def machine() -> str:
+    """Returns the processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     """Prints the table and writes everything measured to benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -120,6 +128,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if not options.peer.is_file():
+        sys.exit(f"bench: --peer={options.peer} names no interpreter; 'make bench' builds TRL's")
+    if min(options.pairs, options.threads) < 1:
+        sys.exit("bench: --pairs and --threads must be at least 1")
     limit = matrix_limit(options.threads)
     table = [*HEADING]
     results = []
@@ -131,14 +143,10 @@ def main() -> None:
             )  # fmt: skip
         results.append(result)
         table += lines(result, limit=limit)
-    RESULTS.mkdir(exist_ok=True)
-    content = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "limit_flops": limit,
-        "results": results,
-    }
-    (RESULTS / "versus_trl.json").write_text(json.dumps(content, indent=1) + "\n")
+        content = {"machine": machine(), "threads": options.threads, "limit_flops": limit, **result}
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"versus_trl-{name}.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
     agreement = [f"{r['workload']}: {r['agreement']}" for r in results if "agreement" in r]
     limits = f"float32, {options.threads} threads, {limit / 1e9:.0f} GFLOP/s in matrix products"
     sys.stdout.write("\n".join([limits, *agreement, "", *table]) + "\n")
