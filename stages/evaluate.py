@@ -22,6 +22,7 @@ from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import gather_objects, is_main, rank, setup, world_size
+from pipeline.evaluation.targets import RUN_TARGETS, TARGETS
 from pipeline.spacing import evenly_spaced
 from pipeline.storage import write_json
 
@@ -104,6 +105,9 @@ class Config(StageConfig):
     """Rows of held-out text on which the alignment tax is measured."""
     best_of: BestOf = field(default_factory=BestOf)
     """Control: best-of-n of SFT."""
+    targets: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Ranges that the report holds the run against, by figure: [low, high], null for no bound.
+    Figures not named keep the cpu recipe's."""
     generate: Generate = field(default_factory=Generate)
     """Generation in bulk instead of an evaluation."""
 
@@ -117,6 +121,15 @@ class Config(StageConfig):
             f"best_of.num_prompts: must be at most num_prompts {self.num_prompts}, "
             f"got {self.best_of.num_prompts}",
         )
+
+        known = [target.name for target in TARGETS + RUN_TARGETS]
+        for name, (low, high) in self.targets.items():
+            require(name in known, f"targets: must be among {', '.join(known)}; got {name!r}")
+            require(
+                (low, high) != (None, None) and (low is None or high is None or low <= high),
+                f"targets.{name}: must be [low, high] with one of them null at most, low first, "
+                f"got [{low}, {high}]",
+            )
 
     @property
     def draw_rows(self) -> frozenset[int]:
@@ -323,6 +336,7 @@ def run(config: Config) -> None:
         results |= {
             "alignment_tax": measure_tax(models, parents, config),
             "max_response_tokens": limit,
+            "targets": config.targets,
             "prompts_left_out": num_left_out,
         }
         flat = figures(results)

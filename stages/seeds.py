@@ -20,7 +20,7 @@ from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import num_cores
 from pipeline.errors import UserError
-from pipeline.storage import write_json
+from pipeline.storage import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ def run(config: Config) -> None:
             for seed, folder in folders.items()
         }
         pooled = pooled_win_rate(list(folders.values()))
-        rows = seed_table(figures, pooled=pooled)
+        first = read_json(next(iter(folders.values())) / "evaluate" / "results.json")
+        rows = seed_table(figures, pooled=pooled, ranges=first.get("targets", {}))
         table = {"interval": INTERVAL, "figures": rows, "pooled_gold_win_rate": pooled}
         write_json(stage.path / "seeds.json", table)
         wins = next(row for row in rows if row["name"] == "gold_win_rate")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluation.targets import TARGETS, figures, judged
+from pipeline.evaluation.targets import TARGETS, figures, judged, with_ranges
 
 ABOUT = (
     "Gold score: the VADER compound of a reply, so the figures say how positive replies read, "
@@ -53,7 +53,7 @@ def equal_kl_sentence(equal: Mapping[str, Any] | None) -> str:
 
 def results_markdown(results: Mapping[str, Any]) -> str:
     """Returns the card: what was measured, targets, both policies, best-of-n."""
-    rows = judged(figures(results), TARGETS)
+    rows = judged(figures(results), with_ranges(TARGETS, results.get("targets", {})))
     targets = [
         [row["title"], row["wanted"], f"{row['value']:.3f}", "yes" if row["met"] else "no"]
         for row in rows

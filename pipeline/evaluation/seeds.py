@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.checkpoint import MANIFEST
 from pipeline.evaluation.markdown import table
 from pipeline.evaluation.statistics import CONFIDENCE, Estimate, mean, outcomes, resample
-from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, Target
+from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, Ranges, Target, with_ranges
 from pipeline.storage import read_json
 
 STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report")
@@ -64,7 +64,7 @@ def run_figures(folder: Path, *, summary: Mapping[str, float]) -> dict[str, floa
 
 
 def seed_table(
-    runs: Mapping[int, Mapping[str, float]], *, pooled: Estimate
+    runs: Mapping[int, Mapping[str, float]], *, pooled: Estimate, ranges: Ranges
 ) -> list[dict[str, Any]]:
     """Returns one row per figure: each seed's value, mean, interval, target and whether it is met.
 
@@ -74,8 +74,10 @@ def seed_table(
     Args:
         runs: flat figures by seed.
         pooled: win rate of `pooled_win_rate`.
+        ranges: of the recipe's own targets.
     """
-    targets = {target.name: target for target in TARGETS + RUN_TARGETS}
+    held_to = with_ranges(TARGETS + RUN_TARGETS, ranges)
+    targets = {target.name: target for target in held_to}
     names = list(dict.fromkeys(name for run in runs.values() for name in run))
     rows = []
     for name in names:

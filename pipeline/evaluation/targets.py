@@ -1,7 +1,7 @@
-"""What a good default run reaches, and the flat figures it is held against."""
+"""What a good run reaches, and the flat figures that are held against it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -44,6 +44,20 @@ RUN_TARGETS = (
     Target(name="minutes", title="Minutes of the whole run", high=15.0),
     Target(name="peak_memory_gib", title="Peak memory, GiB", high=6.0),
 )
+
+
+Ranges = Mapping[str, Sequence[float | None]]
+"""Lowest and highest good value, None for no bound, by the name of a figure."""
+
+
+def with_ranges(targets: tuple[Target, ...], ranges: Ranges) -> tuple[Target, ...]:
+    """Returns the targets in a recipe's own ranges, where it names any."""
+    return tuple(
+        replace(target, low=ranges[target.name][0], high=ranges[target.name][1])
+        if target.name in ranges
+        else target
+        for target in targets
+    )
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, float]:

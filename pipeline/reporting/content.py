@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.checkpoint import Artifact
 from pipeline.errors import UserError
 from pipeline.evaluation.markdown import ABOUT, equal_kl_sentence, headline
-from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, figures, judged
+from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, figures, judged, with_ranges
 from pipeline.ppo.diagnosis import PREFIX, RULES, Rule
 from pipeline.ppo.keep import kept_rollouts
 from pipeline.reporting.charts import Chart
@@ -70,6 +70,7 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
     stages = [stage_view(artifact) for artifact in artifacts.values()]
     minutes = sum(stage.minutes for stage in stages)
     flat = figures(results)
+    targets = with_ranges(TARGETS + RUN_TARGETS, results.get("targets", {}))
     spent = {"minutes": minutes, "peak_memory_gib": max(stage.memory for stage in stages)}
     logged = read_jsonl(artifacts["ppo"].path / "metrics.jsonl")
     report = results.get("reward_model") or {}
@@ -77,7 +78,7 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
         "title": title,
         "about": ABOUT,
         "headline": headline(flat),
-        "targets": judged(flat | spent, TARGETS + RUN_TARGETS),
+        "targets": judged(flat | spent, targets),
         "results": results,
         "equal_kl": equal_kl_sentence(results["equal_kl"]),
         "num_prompts": len(records),

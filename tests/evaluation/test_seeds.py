@@ -23,7 +23,7 @@ POOLED = Estimate(value=0.88, low=0.86, high=0.9)
 
 
 def rows():
-    return {row["name"]: row for row in seed_table(RUNS, pooled=POOLED)}
+    return {row["name"]: row for row in seed_table(RUNS, pooled=POOLED, ranges={})}
 
 
 def test_students_interval_by_hand():
@@ -39,7 +39,7 @@ def test_students_interval_by_hand():
 
 def test_one_seed_has_no_interval():
     assert t_interval([1.0]) is None
-    row = seed_table({4: {"kl": 5.0}}, pooled=POOLED)[0]
+    row = seed_table({4: {"kl": 5.0}}, pooled=POOLED, ranges={})[0]
     assert (row["mean"], row["low"], row["high"], row["met"]) == (5.0, None, None, True)
 
 
@@ -52,10 +52,18 @@ def test_targets_are_held_against_the_mean():
 @pytest.mark.parametrize(("low", "met"), [(0.81, True), (0.79, False)])
 def test_the_start_of_the_interval_is_that_of_the_pooled_bootstrap(low, met):
     pooled = Estimate(value=0.88, low=low, high=0.9)
-    found = {row["name"]: row for row in seed_table(RUNS, pooled=pooled)}
+    found = {row["name"]: row for row in seed_table(RUNS, pooled=pooled, ranges={})}
     assert found["gold_win_rate_low"]["met"] is met
     # 0.88 - 4.3027 * 0.02 / sqrt(3), the interval over seeds, is shown beside it.
     assert found["gold_win_rate"]["low"] == pytest.approx(0.8303, abs=1e-4)
+
+
+def test_a_recipe_may_have_ranges_of_its_own():
+    found = {
+        row["name"]: row for row in seed_table(RUNS, pooled=POOLED, ranges={"kl": [None, 5.0]})
+    }
+    assert (found["kl"]["wanted"], found["kl"]["met"]) == ("at most 5", False)
+    assert found["gold_win_rate"]["wanted"] == "at least 0.85"
 
 
 def write_samples(folder, golds):
@@ -80,14 +88,14 @@ def test_seeds_are_pooled_over_conversations(tmp_path):
 
 def test_a_figure_that_a_seed_lacks_is_a_dash():
     assert rows()["gold_ppo"]["values"] == {"1": 0.7, "2": 0.6, "3": None}
-    table = seeds_markdown(seed_table(RUNS, pooled=POOLED), pooled=POOLED, recipe="cpu")
+    table = seeds_markdown(seed_table(RUNS, pooled=POOLED, ranges={}), pooled=POOLED, recipe="cpu")
     assert "| gold ppo | 0.700 | 0.600 | - | 0.650" in table
     assert "Student's t over seeds" in table
     assert "0.880 (0.860 to 0.900)" in table
 
 
 def test_targets_come_first_in_their_order():
-    names = [row["name"] for row in seed_table(RUNS, pooled=POOLED)]
+    names = [row["name"] for row in seed_table(RUNS, pooled=POOLED, ranges={})]
     assert names == ["gold_win_rate", "gold_win_rate_low", "kl", "gold_ppo"]
 
 

@@ -109,6 +109,12 @@ def test_the_card_holds_targets_policies_and_control(results):
     assert figures(results)["text_perplexity_ratio"] == 1.15
 
 
+def test_the_card_holds_a_recipe_to_its_own_ranges(results):
+    card = results_markdown(results | {"targets": {"kl": [0.001, 0.002]}})
+    assert "| KL to SFT, nats per response | 0.001 to 0.002 |" in card
+    assert "| EOS rate | at least 0.95 |" in card
+
+
 def test_a_run_without_text_has_no_alignment_tax(results):
     bare = results | {"alignment_tax": None}
     assert "held-out text" not in results_markdown(bare)

@@ -129,6 +129,12 @@ def test_an_altered_parent_is_refused(chain, tmp_path, capsys, caplog):
         ("--best_of.sizes=[1]", r"best_of.sizes: must be ascending numbers from 2 on"),
         ("--best_of.num_prompts=-1", "best_of.num_prompts: must be at least 0, got -1"),
         ("--best_of.num_prompts=13", "best_of.num_prompts: must be at most num_prompts 12"),
+        ("--targets={kll: [null, 9]}", r"targets: must be among gold_win_rate, .*; got 'kll'"),
+        (
+            "--targets={kl: [null, null]}",
+            r"targets.kl: must be \[low, high\] with one of them null",
+        ),
+        ("--targets={kl: [9, 8]}", r"targets.kl: must be \[low, high\]"),
         ("--generate.model=x", "generate.prompts: needed beside the other two"),
         ("--generate.temperature=0", "generate.temperature: must be above 0, got 0"),
         ("--generate.max_response_tokens=0", "generate.max_response_tokens: must be at least 1"),
