@@ -128,7 +128,7 @@ format: $(venv) ## format the code and mend what the linter can
 bench: $(venv) .venv-trl/installed ## time PPO beside TRL's last PPO trainer, and write the table
 	$(PYTHON) -m benchmarks.versus_trl --peer=.venv-trl/bin/python $(ARGS)
 
-.venv-trl/installed: constraints.txt
+.venv-trl/installed: constraints.txt | $(venv)
 	$(PYTHON) -m venv .venv-trl
 	grep -v '^trl==' constraints.txt > .venv-trl/constraints.txt
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-trl/constraints.txt trl==1.12.0
