@@ -84,8 +84,8 @@ def update(roles: Any) -> Any:
 
     settings = Settings(
         seed=0, updates=1, prompts_per_update=8, minibatch_size=8, microbatch_size=8,
-        max_response_tokens=8, temperature=1.0, precision="fp32", kl=KL(), reward=Reward(),
-        advantage=Advantage(), optimisation=Optimisation(epochs=1),
+        max_response_tokens=8, temperature=1.0, precision="fp32", workers=1, kl=KL(),
+        reward=Reward(), advantage=Advantage(), optimisation=Optimisation(epochs=1),
     )  # fmt: skip
     trainer = PPOTrainer(
         roles, PROMPTS, settings=settings, accelerator=Accelerator(cpu=True), eos_id=1, pad_id=0

@@ -12,6 +12,7 @@ from pipeline.architecture import Architecture
 from pipeline.config import require
 from pipeline.errors import UserError
 from pipeline.origin import Origin
+from pipeline.parallel import side_by_side
 from pipeline.sequences import collate, wide
 
 if TYPE_CHECKING:
@@ -254,19 +255,25 @@ def score_responses(
     *,
     pad_id: int,
     batch_size: int = 256,
+    workers: int = 1,
 ) -> Float[Tensor, "response"]:
     """Returns the reward model's normalised scores, (raw - reward_mean) / reward_std.
 
-    Rows are scored in the order of their lengths, so that batches hold little padding.
+    Rows are scored in the order of their lengths, so that batches hold little padding; `workers`
+    batches at the same time.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    batches = by_length(lengths, batch_size=batch_size)
+
+    def raw_scores(chosen: list[int]) -> Float[Tensor, "batch"]:
+        rows = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+        return last_token_scores(model, *rows, pad_id=pad_id).cpu()
+
     scores = torch.zeros(len(lengths))
-    for chosen in by_length(lengths, batch_size=batch_size):
-        raw = last_token_scores(
-            model, [prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=pad_id
-        )
+    found = side_by_side(raw_scores, batches, workers=workers)
+    for chosen, raw in zip(batches, found, strict=True):
         scores = scores.to(raw.dtype)  # float64 stays float64
-        scores[chosen] = raw.cpu()
+        scores[chosen] = raw
     return (scores - model.config.reward_mean) / model.config.reward_std
 
 
@@ -309,12 +316,19 @@ def whole_text_scores(
     pad_id: int,
     separator: int | None = None,
     batch_size: int = 64,
+    workers: int = 1,
 ) -> Float[Tensor, "text"]:
     """Returns the raw scores of a classifier's own forward pass, of whichever kind it is."""
-    scores = torch.zeros(len(sequences))
-    for chosen in by_length([len(ids) for ids in sequences], batch_size=batch_size):
-        rows = [sequences[row] for row in chosen]
-        inputs = pad_right(rows, pad_id=pad_id, separator=separator)
+    batches = by_length([len(ids) for ids in sequences], batch_size=batch_size)
+
+    def raw_scores(chosen: list[int]) -> Float[Tensor, "batch"]:
+        inputs = pad_right([sequences[row] for row in chosen], pad_id=pad_id, separator=separator)
         inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
-        scores[chosen] = model(**inputs).logits[:, 0].float().cpu()
+        raw: Tensor = model(**inputs).logits[:, 0].float().cpu()
+        return raw
+
+    scores = torch.zeros(len(sequences))
+    found = side_by_side(raw_scores, batches, workers=workers)
+    for chosen, raw in zip(batches, found, strict=True):
+        scores[chosen] = raw
     return scores

@@ -186,6 +186,7 @@ def load_models(
     """
     from pipeline.evaluation.judge import Models
     from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
+    from pipeline.parallel import choose_workers
     from pipeline.ppo.scorers import model_scorer
     from pipeline.ppo.sources import reading_of
     from pipeline.reward.reading import Words
@@ -205,7 +206,14 @@ def load_models(
     models = Models(
         **{name: model.to(device) for name, model in lms.items()},
         reward=reward,
-        scorer=model_scorer(reward, reading, words=words, name="reward", batch_size=batch_size),
+        scorer=model_scorer(
+            reward,
+            reading,
+            words=words,
+            name="reward",
+            batch_size=batch_size,
+            workers=choose_workers(0, reward.device),
+        ),
         tokenizer=tokenizer,
     )
     return models, reading
@@ -217,6 +225,7 @@ def measure(
     """Returns the records of all processes in the order of the prompts."""
     from pipeline.evaluation.judge import judge
     from pipeline.evaluation.sampling import Sampling
+    from pipeline.parallel import choose_workers
 
     records = judge(
         models,
@@ -225,6 +234,7 @@ def measure(
             seed=config.seed,
             max_response_tokens=max_response_tokens,
             batch_size=config.batch_size,
+            workers=choose_workers(0, models.sft.device),
         ),
         draws=max(config.best_of.sizes, default=0),
         draw_rows=config.draw_rows,
@@ -273,6 +283,7 @@ def generate_in_bulk(config: Config, *, device: Any) -> None:
     """Writes one reply for every prompt of a file."""
     from pipeline.evaluation.prompt_files import read_prompts, write_replies
     from pipeline.evaluation.sampling import Sampling, load_any, reply_to_all
+    from pipeline.parallel import choose_workers
 
     wanted = config.generate
     prompts = read_prompts(Path(wanted.prompts))
@@ -288,6 +299,7 @@ def generate_in_bulk(config: Config, *, device: Any) -> None:
             max_response_tokens=wanted.max_response_tokens,
             temperature=wanted.temperature,
             batch_size=config.batch_size,
+            workers=choose_workers(0, device),
         ),
     )
     found = {

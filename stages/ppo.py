@@ -14,27 +14,32 @@ Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import setup, world_size
-from pipeline.errors import UserError
 from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
-from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings, check_roles
-from pipeline.ppo.sources import Loader, open_source, reads_tokens
+from pipeline.ppo.settings import (
+    KL,
+    Advantage,
+    Optimisation,
+    Reward,
+    Settings,
+    Wanted,
+    check_roles,
+)
+from pipeline.ppo.sources import Loader, open_source
 from pipeline.progress import progress
 from pipeline.storage import read_jsonl
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pipeline.ppo.experience import Roles
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.ppo.validation import Validation
 
@@ -65,6 +70,9 @@ class Config(StageConfig):
     """Divides the logits, in sampling and in every log-probability."""
     precision: str = "fp32"
     """fp32, bf16 (autocast), or auto: bf16 where the processor computes it natively."""
+    workers: int = 0
+    """Passes of a process side by side, which share its threads; 0: two on a processor with two
+    threads or more, else one. It changes results by rounding only."""
     kl: KL = field(default_factory=KL)
     """The KL penalty."""
     reward: Reward = field(default_factory=Reward)
@@ -99,10 +107,9 @@ class Config(StageConfig):
         for name in positive:
             value = getattr(self, name)
             require(value > 0, f"{name}: must be positive, got {value}")
-        require(
-            self.keep_rollout_every >= 0,
-            f"keep_rollout_every: must be at least 0, got {self.keep_rollout_every}",
-        )
+        for name in ("keep_rollout_every", "workers"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}: must be at least 0, got {value}")
         require(
             self.prompts_per_update % self.minibatch_size == 0,
             f"minibatch_size: {self.minibatch_size} does not divide prompts_per_update "
@@ -138,6 +145,18 @@ class Config(StageConfig):
         """Most tokens of a prompt and its response together."""
         return self.max_prompt_tokens + self.max_response_tokens
 
+    @property
+    def wanted(self) -> Wanted:
+        """Which roles there are, and how they hold their weights."""
+        return Wanted(
+            roles=self.roles,
+            lora=self.lora,
+            seed=self.seed,
+            critic=self.advantage.needs_value_model,
+            normalise=self.reward.normalise,
+            longest=self.longest,
+        )
+
     def judges(self, update: int) -> bool:
         """Returns whether the guard judges the look after so many updates."""
         distance = self.guard.every * self.validate_every
@@ -148,8 +167,8 @@ class Config(StageConfig):
         distance = self.keep_rollout_every * self.validate_every
         return distance > 0 and update % distance == 0
 
-    def settings(self, precision: str) -> Settings:
-        """Returns what the trainer needs to know."""
+    def settings(self, *, precision: str, workers: int) -> Settings:
+        """Returns what the trainer needs to know; precision and workers as they were chosen."""
         return Settings(
             seed=self.seed,
             updates=self.updates,
@@ -159,6 +178,7 @@ class Config(StageConfig):
             max_response_tokens=self.max_response_tokens,
             temperature=self.temperature,
             precision=precision,
+            workers=workers,
             kl=self.kl,
             reward=self.reward,
             advantage=self.advantage,
@@ -178,83 +198,23 @@ def open_parents(config: Config) -> dict[str, Artifact]:
     return parents
 
 
-def load_roles(
-    config: Config, sft: Artifact, reward: Artifact | None, *, accelerator: "Accelerator"
-) -> "Roles":
-    """Returns policy and reference from sft, reward model and value model from reward.
-
-    Raises:
-        UserError: no reward model scores on the adapters' base, or the context is too short.
-    """
-    from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer, take_raw_scores
-    from pipeline.ppo.experience import Roles
-    from pipeline.ppo.sharing import share_base
-
-    device, critic = accelerator.device, config.advantage.needs_value_model
-    tokens = reward and reads_tokens(reward, tokenizer=load_tokenizer(sft.path))
-    path = reward.path if reward and tokens else None
-    if config.roles == "lora":
-        if path is None:
-            raise UserError("roles: lora needs the stage reward among reward.sources")
-        roles = share_base(
-            sft.path, path, lora=config.lora, seed=config.seed, device=device, critic=critic
-        )
-    else:
-        policy = load_causal_lm(sft.path).to(device)
-        roles = Roles(
-            policy=policy,
-            reference=load_causal_lm(sft.path).to(device).requires_grad_(False),
-            reward_model=path and load_reward_model(path).to(device).requires_grad_(False),
-            value=load_critic(config, policy, sft=sft.path, reward=path) if critic else None,
-        )
-    longest, context = config.longest, roles.policy.config.max_position_embeddings
-    require(
-        longest <= context,
-        f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
-    )
-    if not config.reward.normalise:
-        for model in filter(None, (roles.reward_model, roles.value)):
-            take_raw_scores(model)
-    return roles
-
-
-def load_critic(config: Config, policy: Any, *, sft: Path, reward: Path | None) -> Any:
-    """Returns the value model: a head on the policy's trunk, or a model of its own.
-
-    That starts from the reward model, or where none reads the policy's tokens, from the SFT
-    model's body with a head of 0.
-    """
-    from pipeline.models import (
-        load_reward_model,
-        load_tokenizer,
-        load_with_new_head,
-        take_raw_scores,
-    )
-    from pipeline.ppo.sharing import TrunkValue
-
-    if config.roles == "trunk":
-        return TrunkValue(policy)
-    if reward is not None:
-        return load_reward_model(reward).to(policy.device)
-    value = load_with_new_head(sft, pad_id=load_tokenizer(sft).pad_token_id).to(policy.device)
-    take_raw_scores(value)
-    log.info("ppo: the value model starts from %s with a head of 0", sft)
-    return value
-
-
 def build_trainer(
     config: Config, parents: dict[str, Artifact], *, accelerator: "Accelerator"
 ) -> "tuple[PPOTrainer, Validation, dict[str, Any]]":
     """Returns the trainer, the validation, and what was counted on the way."""
     from pipeline.models import choose_precision, load_tokenizer
+    from pipeline.parallel import choose_workers
     from pipeline.ppo.inputs import read_inputs
+    from pipeline.ppo.loading import load_roles
     from pipeline.ppo.scorers import Divided
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.ppo.validation import Validation
     from pipeline.reward.reading import Words
 
     tokenizer = load_tokenizer(parents["sft"].path)
-    roles = load_roles(config, parents["sft"], parents.get("reward"), accelerator=accelerator)
+    roles = load_roles(
+        parents["sft"], parents.get("reward"), wanted=config.wanted, device=accelerator.device
+    )
     splits, text = read_inputs(
         parents["data"].path,
         tokenizer=tokenizer,
@@ -262,7 +222,10 @@ def build_trainer(
         text_length=config.longest,
         ptx=config.optimisation.ptx_coef > 0,
     )
-    settings = config.settings(choose_precision(config.precision))
+    settings = config.settings(
+        precision=choose_precision(config.precision),
+        workers=choose_workers(config.workers, accelerator.device),
+    )
     loader = Loader(
         parents=parents,
         roles=roles,
@@ -383,6 +346,7 @@ def run(config: Config) -> None:
             f"at KL {last['validation/kl']:.2f} nats, {done} of {config.updates} updates",
             chosen={
                 "precision": trainer.settings.precision,
+                "workers": trainer.settings.workers,
                 "world_size": world_size(),
                 **({"constants": measured} if (measured := trainer.rewards.measured) else {}),
             },

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.versus_trl.ours import build
-from pipeline.ppo.optimiser import Lesson
+from pipeline.ppo.passes import Lesson
 
 
 def main() -> None:

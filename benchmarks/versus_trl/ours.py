@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.models import load_causal_lm, load_reward_model
+from pipeline.parallel import choose_workers
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.trainer import PPOTrainer
@@ -46,6 +47,7 @@ def build(folder: Path, *, minibatch: int | None = None, epochs: int | None = No
         max_response_tokens=content["response_length"],
         temperature=1.0,
         precision="fp32",
+        workers=choose_workers(0, torch.device("cpu")),
         kl=KL(coef=0.05, controller="fixed"),
         reward=Reward(missing_eos_score=None),
         advantage=Advantage(),

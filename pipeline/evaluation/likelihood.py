@@ -1,14 +1,16 @@
 """Divergence and likelihood of responses, summed over each response's tokens in float32."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from pipeline.models import by_length
+from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import full_kl
-from pipeline.sequences import collate, next_logits, response_states
+from pipeline.sequences import Batch, chosen_logprobs, collate, next_logits, response_states
 
 TokenIds = Sequence[Sequence[int]]
 
@@ -24,16 +26,12 @@ class Divergence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tokens:
-    """Response tokens of one batch with the log-probabilities they were predicted from."""
+class Reading:
+    """How rows are put together: the id that fills them up, rows of a pass, passes side by side."""
 
-    row: Int[Tensor, " token"]
-    token: Int[Tensor, " token"]
-    logprobs: Float[Tensor, "token vocabulary"]
-
-    def sampled(self) -> Float[Tensor, " token"]:
-        """Log-probability of each response token."""
-        return self.logprobs.gather(1, self.token[:, None])[:, 0]
+    pad_id: int
+    batch_size: int
+    workers: int = 1
 
 
 def divergence(
@@ -42,8 +40,7 @@ def divergence(
     reference: nn.Module,
     prompts: TokenIds,
     responses: TokenIds,
-    pad_id: int,
-    batch_size: int,
+    reading: Reading,
 ) -> Divergence:
     """Returns the divergence of the policy from the reference, response by response.
 
@@ -52,43 +49,56 @@ def divergence(
         reference: the model it is held against; same vocabulary.
         prompts: token ids, one list a row.
         responses: token ids, one list a row, EOS included where the response ended.
-        pad_id: token id that fills the rows up.
-        batch_size: rows of one forward pass.
+        reading: how the rows are put together.
     """
-    kl, k1 = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-    pairs = zip(
-        _forward(policy, prompts, responses, pad_id=pad_id, batch_size=batch_size),
-        _forward(reference, prompts, responses, pad_id=pad_id, batch_size=batch_size),
-        strict=True,
-    )
-    for ours, theirs in pairs:
-        kl = kl.index_add(0, ours.row, full_kl(ours.logprobs, theirs.logprobs))
-        k1 = k1.index_add(0, ours.row, ours.sampled() - theirs.sampled())
+
+    def apart(batch: Batch) -> tuple[Tensor, Tensor]:
+        ours, theirs = (_logprobs(model, batch) for model in (policy, reference))
+        k1 = chosen_logprobs(ours, batch) - chosen_logprobs(theirs, batch)
+        return full_kl(ours, theirs), k1
+
+    kl, k1 = _summed(apart, prompts, responses, reading=reading)
     return Divergence(kl=kl, k1=k1)
 
 
 def negative_log_likelihood(
-    model: nn.Module, *, prompts: TokenIds, responses: TokenIds, pad_id: int, batch_size: int
+    model: nn.Module, *, prompts: TokenIds, responses: TokenIds, reading: Reading
 ) -> Float[Tensor, " row"]:
     """Returns -log P(response | prompt) in nats, EOS included where the response ended."""
-    total = torch.zeros(len(prompts))
-    for tokens in _forward(model, prompts, responses, pad_id=pad_id, batch_size=batch_size):
-        total = total.index_add(0, tokens.row, -tokens.sampled())
-    return total
+
+    def surprise(batch: Batch) -> tuple[Tensor]:
+        return (-chosen_logprobs(_logprobs(model, batch), batch),)
+
+    return _summed(surprise, prompts, responses, reading=reading)[0]
 
 
-def _forward(
-    model: nn.Module, prompts: TokenIds, responses: TokenIds, *, pad_id: int, batch_size: int
-) -> Iterator[_Tokens]:
-    """Yields the response tokens of each batch, row by row."""
-    device = next(model.parameters()).device
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        batch = collate(prompts[rows], responses[rows], pad_id=pad_id)
-        with torch.inference_mode():
-            logits = next_logits(model, response_states(model, batch.to(device))).cpu()
-        yield _Tokens(
-            row=batch.response_mask.nonzero()[:, 0] + start,
-            token=batch.input_ids[batch.response_mask],
-            logprobs=logits.log_softmax(-1),
+def _logprobs(model: nn.Module, batch: Batch) -> Float[Tensor, "token vocabulary"]:
+    on_device = batch.to(next(model.parameters()).device)
+    return next_logits(model, response_states(model, on_device)).cpu().log_softmax(-1)
+
+
+def _summed(
+    figures: Callable[[Batch], Sequence[Float[Tensor, " token"]]],
+    prompts: TokenIds,
+    responses: TokenIds,
+    *,
+    reading: Reading,
+) -> list[Float[Tensor, " row"]]:
+    """Returns figures of response tokens, summed over each row; rows of like length are a batch."""
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    chosen = by_length(lengths, batch_size=reading.batch_size)
+
+    @torch.inference_mode()
+    def sums(rows: list[int]) -> list[Tensor]:
+        batch = collate(
+            [prompts[row] for row in rows],
+            [responses[row] for row in rows],
+            pad_id=reading.pad_id,
         )
+        owner = batch.response_mask.nonzero()[:, 0]
+        zeros = torch.zeros(len(rows))
+        return [zeros.index_add(0, owner, tokens) for tokens in figures(batch)]
+
+    order = torch.tensor([row for rows in chosen for row in rows]).argsort()
+    found = side_by_side(sums, chosen, workers=reading.workers)
+    return [torch.cat(parts)[order] for parts in zip(*found, strict=True)]

@@ -19,12 +19,13 @@ from pipeline.tokenizer import decode_response, encode_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How replies are drawn."""
+    """How replies are drawn: `workers` batches side by side."""
 
     seed: int
     max_response_tokens: int
     temperature: float = 1.0
     batch_size: int = 128
+    workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ def sample(
             eos_id=eos_id,
             pad_id=pad_id_of(tokenizer),
             batch_size=sampling.batch_size,
+            workers=sampling.workers,
         )
     return [_reply(list(ids), tokenizer=tokenizer, eos_id=eos_id) for ids in responses]
 

@@ -1,6 +1,6 @@
 """One update's rollout with everything that was measured on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.models import by_length
+from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import k1
 from pipeline.sequences import (
     Batch,
@@ -48,12 +49,6 @@ class Roles:
     def one_trunk(self) -> bool:
         """Whether the critic is a head on the policy's own hidden states."""
         return self.value is not None and self.value.base_model == self.policy.base_model
-
-    def value_states(
-        self, batch: Batch, policy_states: Float[Tensor, "token width"]
-    ) -> Float[Tensor, "token critic_width"]:
-        """Returns the critic's hidden state before each response token."""
-        return policy_states if self.one_trunk else response_states(self.value, batch)
 
 
 @dataclass(frozen=True)
@@ -128,40 +123,66 @@ def measure(
     temperature: float,
     pad_id: int,
     batch_size: int,
+    workers: int = 1,
 ) -> dict[str, list[Any]]:
     """Returns per row: logprobs, ref_logprobs, values and entropy of its tokens.
 
     Rows are measured in the order of their lengths, so that batches hold little padding.
+
+    Args:
+        roles: the models, one after the other: those on one base switch its adapters.
+        prompts: token ids.
+        responses: token ids.
+        temperature: divides the logits.
+        pad_id: fills the rows up.
+        batch_size: rows of one forward pass.
+        workers: passes of one model side by side.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    rows: dict[str, list[Any]] = {
-        name: [None] * len(lengths) for name in ("logprobs", "ref_logprobs", "values", "entropy")
-    }
-    for chosen in by_length(lengths, batch_size=batch_size):
-        batch = collate([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=pad_id)
-        batch = batch.to(roles.policy.device)
-        measured = _measure_batch(roles, batch, temperature=temperature)
-        counts = batch.response_mask.sum(dim=1).tolist()
-        for name, tokens in measured.items():
-            for row, part in zip(chosen, tokens.cpu().split(counts), strict=True):
-                rows[name][row] = part
-    return rows
+    chosen = by_length(lengths, batch_size=batch_size)
+    batches = [
+        collate([prompts[i] for i in rows], [responses[i] for i in rows], pad_id=pad_id).to(
+            roles.policy.device
+        )
+        for rows in chosen
+    ]
+    figures: dict[str, list[Any]] = {}
+    for one_pass in _passes(roles, temperature=temperature):
+        for rows, batch, measured in zip(
+            chosen, batches, side_by_side(one_pass, batches, workers=workers), strict=True
+        ):
+            counts = batch.response_mask.sum(dim=1).tolist()
+            for name, tokens in measured.items():
+                of_rows = figures.setdefault(name, [None] * len(lengths))
+                for row, part in zip(rows, tokens.cpu().split(counts), strict=True):
+                    of_rows[row] = part
+    return figures
 
 
-def _measure_batch(roles: Roles, batch: Batch, *, temperature: float) -> dict[str, Tensor]:
-    states = response_states(roles.policy, batch)
-    logprobs = next_logprobs(roles.policy, states, temperature=temperature)
-    ref_states = response_states(roles.reference, batch)
-    reference = next_logprobs(roles.reference, ref_states, temperature=temperature)
-    chosen = chosen_logprobs(logprobs, batch)
-    return {
-        "logprobs": chosen,
-        "ref_logprobs": chosen_logprobs(reference, batch),
-        "values": torch.zeros_like(chosen)
-        if roles.value is None
-        else state_values(roles.value, roles.value_states(batch, states)),
-        "entropy": token_entropy(logprobs),
-    }
+def _passes(roles: Roles, *, temperature: float) -> list[Callable[[Batch], dict[str, Tensor]]]:
+    """Returns what is to be run over all batches, one after the other."""
+
+    def policy(batch: Batch) -> dict[str, Tensor]:
+        states = response_states(roles.policy, batch)
+        logprobs = next_logprobs(roles.policy, states, temperature=temperature)
+        chosen = chosen_logprobs(logprobs, batch)
+        figures = {"logprobs": chosen, "entropy": token_entropy(logprobs)}
+        if roles.value is None:
+            figures["values"] = torch.zeros_like(chosen)
+        elif roles.one_trunk:
+            figures["values"] = state_values(roles.value, states)
+        return figures
+
+    def reference(batch: Batch) -> dict[str, Tensor]:
+        states = response_states(roles.reference, batch)
+        logprobs = next_logprobs(roles.reference, states, temperature=temperature)
+        return {"ref_logprobs": chosen_logprobs(logprobs, batch)}
+
+    def critic(batch: Batch) -> dict[str, Tensor]:
+        return {"values": state_values(roles.value, response_states(roles.value, batch))}
+
+    apart = roles.value is not None and not roles.one_trunk
+    return [policy, reference, *([critic] if apart else [])]
 
 
 def assemble(

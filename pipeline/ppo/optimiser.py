@@ -1,30 +1,19 @@
 """The optimisation of one update: epochs over a rollout, one optimizer step a minibatch."""
 
-import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from pipeline import distributed
 from pipeline.ppo.checks import FIRST_KL_TOLERANCE, check_norms, check_step
-from pipeline.ppo.experience import Experience, Roles, length_mask, state_values
-from pipeline.ppo.losses import Loss, entropy_loss, kl_loss, policy_loss, text_loss, value_loss
-from pipeline.ppo.metrics import named_sums, step_metrics
+from pipeline.ppo.experience import Roles
+from pipeline.ppo.metrics import step_metrics
 from pipeline.ppo.order import permutation, rows_in_turn
+from pipeline.ppo.passes import Crew, Job, Lesson, Microbatch
 from pipeline.ppo.settings import Settings
-from pipeline.sequences import (
-    Batch,
-    chosen_logprobs,
-    collate,
-    next_logprobs,
-    pad_tokens,
-    response_states,
-    token_entropy,
-)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,43 +22,13 @@ ADAM_EPSILON = 1e-5
 """Epsilon of AdamW in the original implementation (Huang et al. 2024)."""
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What an update learns from.
-
-    Attributes:
-        experience: the rollout.
-        advantages: one per token, 0 outside the mask.
-        returns: targets of the value model, 0 outside the mask; None when there is no such model.
-        kl_coef: beta, where the penalty stands in the loss.
-    """
-
-    experience: Experience
-    advantages: Float[Tensor, "batch time"]
-    returns: Float[Tensor, "batch time"] | None
-    kl_coef: float
-
-
-@dataclass(frozen=True)
-class _Microbatch:
-    """Rows of a lesson on the device, cut to their longest response."""
-
-    batch: Batch
-    mask: Bool[Tensor, "batch time"]
-    logprobs: Float[Tensor, "batch time"]
-    ref_logprobs: Float[Tensor, "batch time"]
-    advantages: Float[Tensor, "batch time"]
-    values: Float[Tensor, "batch time"]
-    returns: Float[Tensor, "batch time"] | None
-    kl_coef: float
-
-
 class Optimiser:
     """Moves the policy and, where there is one, the value model; the same on every process.
 
     Attributes:
         models: what is trained, by role.
         moving: the roles that move in this update: all, or in a warm-up the critic alone.
+        kinds: the passes that a micro-batch needs.
     """
 
     def __init__(
@@ -89,6 +48,8 @@ class Optimiser:
         if roles.value is not None:
             self.models["value"] = roles.value
         self.moving = list(self.models)
+        self.kinds = ["trunk"] if roles.one_trunk else list(self.models)
+        self.crew = Crew(roles, settings)
         self.rates = {"policy": rates.learning_rate, "value": rates.value_learning_rate}
         self.optimizers = {
             name: _adamw(model, self.rates[name]) for name, model in self.models.items()
@@ -150,14 +111,8 @@ class Optimiser:
         """Returns the metrics of one optimizer step on a minibatch; None when it went too far."""
         experience = lesson.experience
         num_tokens = int(experience.mask[rows].sum())
-        mine = rows[distributed.rank() :: distributed.world_size()]
-        mine = mine[experience.lengths[mine].argsort(stable=True)]  # micro-batches pad little
-        parts = [
-            self._backward(self._microbatch(lesson, micro), num_tokens=num_tokens)
-            for micro in mine.split(self.settings.microbatch_size)
-            if len(micro)
-        ]
-        parts += self._backward_text(text_rows)
+        jobs = self._jobs(lesson, rows=rows, text_rows=text_rows, num_tokens=num_tokens)
+        parts = self.crew.backward(jobs)
         shares = distributed.gather_objects(parts)
         metrics = step_metrics([part for share in shares for part in share], num_tokens=num_tokens)
         check_step(
@@ -178,126 +133,34 @@ class Optimiser:
             self.optimizers[name].zero_grad()
         return {**metrics, **{f"{name}/grad_norm": norm for name, norm in norms.items()}}
 
-    def _microbatch(self, lesson: Lesson, rows: Int[Tensor, " microbatch"]) -> _Microbatch:
-        experience, device = lesson.experience, self.models["policy"].device
-        prompts = [experience.prompts[row] for row in rows]
-        responses = [experience.responses[row] for row in rows]
-        mask = length_mask(responses)
-
-        def rows_of(values: Tensor) -> Tensor:
-            return values[rows, : mask.shape[1]].to(device)
-
-        return _Microbatch(
-            batch=collate(prompts, responses, pad_id=self.pad_id).to(device),
-            mask=mask.to(device),
-            logprobs=rows_of(experience.logprobs),
-            ref_logprobs=rows_of(experience.ref_logprobs),
-            advantages=rows_of(lesson.advantages),
-            values=rows_of(experience.values),
-            returns=None if lesson.returns is None else rows_of(lesson.returns),
-            kl_coef=lesson.kl_coef,
-        )
-
-    def _backward(self, micro: _Microbatch, *, num_tokens: int) -> dict[str, float]:
-        """Returns sums over a micro-batch after adding its gradients to what moves."""
-        rates = self.settings.optimisation
-        coefs = {
-            "policy": 1.0,
-            "value": rates.value_coef,
-            "kl": micro.kl_coef,
-            "entropy": rates.entropy_coef,
-        }
-        sums: dict[str, float] = {}
-        for losses in self._passes(micro, num_tokens=num_tokens):
-            weighed = (coefs[name] * loss.value for name, loss in losses.items())
-            total = sum(weighed, torch.zeros(()))
-            if total.requires_grad:
-                total.backward()
-            sums |= named_sums(losses)
-        return sums
-
-    def _passes(self, micro: _Microbatch, *, num_tokens: int) -> Iterator[dict[str, Loss]]:
-        """Yields the losses of each forward pass: the policy's and the critic's.
-
-        The critic's begins after the policy's has gone backward, for roles on one base switch its
-        adapters; on one trunk both are one pass.
-        """
-        with torch.set_grad_enabled("policy" in self.moving):
-            with self._precision():
-                states = response_states(self.roles.policy, micro.batch)
-            losses = self._policy_losses(states, micro, num_tokens=num_tokens)
-        if not self.roles.one_trunk:
-            yield losses
-            losses = {}
-        if micro.returns is not None:
-            with self._precision():
-                states = self.roles.value_states(micro.batch, states)
-                values = state_values(self.roles.value, states)
-            losses["value"] = value_loss(
-                pad_tokens(values, micro.mask),
-                micro.values,
-                micro.returns,
-                micro.mask,
-                clip=self.settings.optimisation.value_clip,
-                num_tokens=num_tokens,
-            )
-            yield losses
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        return precision_context(self.settings.precision, self.roles.policy.device)
-
-    def _policy_losses(
-        self, states: Float[Tensor, "token width"], micro: _Microbatch, *, num_tokens: int
-    ) -> dict[str, Loss]:
-        rates, estimator = self.settings.optimisation, self.settings.kl.in_loss
-        with self._precision():
-            logprobs = next_logprobs(
-                self.roles.policy, states, temperature=self.settings.temperature
-            )
-        chosen = pad_tokens(chosen_logprobs(logprobs, micro.batch), micro.mask)
-        losses = {
-            "policy": policy_loss(
-                chosen,
-                micro.logprobs,
-                micro.advantages,
-                micro.mask,
-                clip=rates.clip,
-                clip_high=rates.clip_high,
-                dual_clip=rates.dual_clip,
-                num_tokens=num_tokens,
-            )
-        }
-        if estimator is not None:
-            losses["kl"] = kl_loss(
-                chosen,
-                micro.logprobs,
-                micro.ref_logprobs,
-                micro.mask,
-                estimator=estimator,
-                num_tokens=num_tokens,
-            )
-        if rates.entropy_coef > 0:
-            entropy = pad_tokens(token_entropy(logprobs), micro.mask)
-            losses["entropy"] = entropy_loss(entropy, micro.mask, num_tokens=num_tokens)
-        return losses
-
-    def _backward_text(self, rows: Int[Tensor, " text_row"]) -> list[dict[str, float]]:
-        """Returns a loss for each micro-batch of text after adding the policy's gradients."""
-        if self.text is None:
-            return []
-        policy, rates = self.models["policy"], self.settings.optimisation
-        num_tokens = len(rows) * (self.text.shape[1] - 1)
-        parts: list[dict[str, float]] = []
-        mine = rows[distributed.rank() :: distributed.world_size()]
-        for micro in mine.split(self.settings.microbatch_size):
-            ids = self.text[micro].to(policy.device)
-            with torch.set_grad_enabled("policy" in self.moving), self._precision():
-                logits = policy(input_ids=ids, use_cache=False).logits
-                loss = text_loss(logits, ids, num_tokens=num_tokens)
-            if "policy" in self.moving:
-                (rates.ptx_coef * loss.value).backward()
-            parts.append(named_sums({"ptx": loss}))
-        return parts
+    def _jobs(
+        self,
+        lesson: Lesson,
+        *,
+        rows: Int[Tensor, " minibatch"],
+        text_rows: Int[Tensor, " text_row"],
+        num_tokens: int,
+    ) -> list[Job]:
+        """Returns the passes of this process over a minibatch, the policy's before the critic's."""
+        mine = _share(rows)
+        mine = mine[lesson.experience.lengths[mine].argsort(stable=True)]  # batches pad little
+        device = self.models["policy"].device
+        micros = [
+            Microbatch.of(lesson, micro, pad_id=self.pad_id, device=device)
+            for micro in mine.split(self.settings.microbatch_size)
+            if len(micro)
+        ]
+        jobs = [
+            Job(kind, micro, num_tokens, self.moving) for kind in self.kinds for micro in micros
+        ]
+        if self.text is not None:
+            length = len(text_rows) * (self.text.shape[1] - 1)
+            jobs += [
+                Job("text", self.text[micro].to(device), length, self.moving)
+                for micro in _share(text_rows).split(self.settings.microbatch_size)
+                if len(micro)
+            ]
+        return jobs
 
     def _reduced_norm(self, name: str) -> float:
         """Returns a model's gradient norm before clipping, gradients summed over all processes."""
@@ -325,13 +188,9 @@ class Optimiser:
             optimizer.load_state_dict(state[name])
 
 
-def precision_context(
-    precision: str, device: torch.device
-) -> contextlib.AbstractContextManager[Any]:
-    """Returns the context of a forward pass: autocast for bf16, nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+def _share(rows: Int[Tensor, " row"]) -> Int[Tensor, " share"]:
+    """Returns the rows of this process."""
+    return rows[distributed.rank() :: distributed.world_size()]
 
 
 def _adamw(model: Any, learning_rate: float) -> torch.optim.AdamW:

@@ -1,6 +1,7 @@
 """Batched generation: temperature sampling by inverse CDF, with one uniform per token."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.models import by_length
+from pipeline.parallel import side_by_side
 from pipeline.ppo.cache import make_room
 from pipeline.sequences import wide
 
@@ -48,7 +51,6 @@ def sample_tokens(
     return tokens.clamp(max=logits.shape[1] - 1)
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -58,6 +60,7 @@ def generate(
     eos_id: int,
     pad_id: int,
     batch_size: int = 256,
+    workers: int = 1,
 ) -> list[list[int]]:
     """Returns one response per prompt: token ids up to and including EOS, or cut at the budget.
 
@@ -71,16 +74,22 @@ def generate(
         temperature: divides the logits.
         eos_id: ends a response.
         pad_id: fills prompts on the left.
-        batch_size: rows generated together; rows of like length share a batch.
+        batch_size: most rows generated together; rows of like length share a batch.
+        workers: batches generated side by side.
     """
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    responses: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    size = min(batch_size, math.ceil(len(prompts) / workers))
+    batches = by_length([len(prompt) for prompt in prompts], batch_size=size)
+
+    @torch.no_grad()
+    def continued(rows: list[int]) -> list[list[int]]:
         batch = _Decoding(model, [prompts[row] for row in rows], pad_id=pad_id)
-        for row, tokens in zip(
-            rows, batch.run(uniforms[rows], temperature=temperature, eos_id=eos_id), strict=True
-        ):
+        return batch.run(uniforms[rows], temperature=temperature, eos_id=eos_id)
+
+    responses: list[list[int]] = [[] for _ in prompts]
+    for rows, written in zip(
+        batches, side_by_side(continued, batches, workers=workers), strict=True
+    ):
+        for row, tokens in zip(rows, written, strict=True):
             responses[row] = tokens
     return responses
 

@@ -28,9 +28,9 @@ Scorer = Callable[[Rows, Rows], Float[Tensor, " response"]]
 """Prompts and responses in the policy's tokens in, scores out; higher is better."""
 
 
-def token_scorer(model: Any, *, pad_id: int, batch_size: int) -> Scorer:
+def token_scorer(model: Any, *, pad_id: int, batch_size: int, workers: int = 1) -> Scorer:
     """Returns one process's scorer by a model that reads the policy's tokens."""
-    return partial(score_responses, model, pad_id=pad_id, batch_size=batch_size)
+    return partial(score_responses, model, pad_id=pad_id, batch_size=batch_size, workers=workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class TextScorer:
     reading: Reading
     words: Words
     batch_size: int
+    workers: int = 1
 
     def __call__(self, prompts: Rows, responses: Rows) -> Float[Tensor, " response"]:
         """Returns normalised scores."""
@@ -56,6 +57,7 @@ class TextScorer:
             pad_id=self.reading.tokenizer.pad_token_id,
             separator=self.reading.separator,
             batch_size=self.batch_size,
+            workers=self.workers,
         )
         return (raw - self.model.config.reward_mean) / self.model.config.reward_std
 
@@ -72,9 +74,17 @@ class TextScorer:
 
 
 def model_scorer(
-    model: Any, reading: Reading, *, words: Words, name: str, batch_size: int
+    model: Any, reading: Reading, *, words: Words, name: str, batch_size: int, workers: int = 1
 ) -> Scorer:
     """Returns one process's scorer by a model, as it reads text; with other tokens it is logged.
+
+    Args:
+        model: a classifier with one label.
+        reading: how it reads.
+        words: behind the policy's tokens.
+        name: of the source, for the log.
+        batch_size: rows of one forward pass.
+        workers: passes side by side.
 
     Raises:
         UserError: the model has the policy's tokens but no head that reads the last of them.
@@ -83,13 +93,19 @@ def model_scorer(
         kind = "a conversation" if reading.tokenizer.chat_template else "a pair of texts"
         log.info("score/%s: read anew by a tokenizer of its own, as %s", name, kind)
         return TextScorer(
-            name=name, model=model, reading=reading, words=words, batch_size=batch_size
+            name=name,
+            model=model,
+            reading=reading,
+            words=words,
+            batch_size=batch_size,
+            workers=workers,
         )
     require(
         reads_last_token(model),
         f"score/{name}: a {model.config.model_type} encoder needs a tokenizer of its own",
     )
-    return token_scorer(model, pad_id=reading.tokenizer.pad_token_id, batch_size=batch_size)
+    pad_id = reading.tokenizer.pad_token_id
+    return token_scorer(model, pad_id=pad_id, batch_size=batch_size, workers=workers)
 
 
 @dataclass(frozen=True)

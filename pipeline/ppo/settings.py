@@ -294,10 +294,32 @@ class Settings:
     max_response_tokens: int
     temperature: float
     precision: str
+    workers: int
     kl: KL
     reward: Reward
     advantage: Advantage
     optimisation: Optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The roles of a run.
+
+    Attributes:
+        roles: separate, trunk or lora.
+        lora: the policy's adapter, where roles is lora.
+        seed: of its first weights.
+        critic: whether there is a value model.
+        normalise: whether scores and values are normalised by the reward model's constants.
+        longest: most tokens of a prompt and its response together.
+    """
+
+    roles: str
+    lora: LoRA
+    seed: int
+    critic: bool
+    normalise: bool
+    longest: int
 
 
 def check_roles(

@@ -6,6 +6,7 @@ checkpointing computes again would be read through the other's adapter. `Optimis
 """
 
 import copy
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ HEAD = "base_model.model.score.weight"
 """Name of a classifier's head in the file of its adapter."""
 
 
+SWITCHING = threading.Lock()
+"""Held while adapters are switched, for passes through the same one may run side by side."""
+
+
 class TrunkValue:
     """A value head on the policy's last hidden state, trained through it.
 
@@ -57,6 +62,11 @@ class TrunkValue:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields the head."""
         return self.score.parameters()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields the modules it is made of."""
+        yield from self.base_model.modules()
+        yield from self.score.modules()
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes trunk and head as a sequence classifier."""
@@ -102,8 +112,9 @@ class SharedBase:
 
     def through(self, name: str | None) -> Any:
         """Returns the model once it reads through this adapter; None: through none."""
-        if name != self.on:
-            self._switch(name)
+        with SWITCHING:
+            if name != self.on:
+                self._switch(name)
         return self.model
 
     def weights(self, name: str | None) -> dict[str, nn.Parameter]:
@@ -152,6 +163,10 @@ class AdaptedPolicy:
         """Yields the adapter's weights."""
         yield from self.base.weights(self.adapter).values()
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields the modules it is made of, the base's too."""
+        yield from self.base.model.modules()
+
     def save_pretrained(self, folder: Path) -> None:
         """Writes the merged model, and the adapter beside it."""
         weights = get_peft_model_state_dict(
@@ -193,6 +208,11 @@ class AdaptedScorer:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields the weights of adapter and head."""
         yield from (parameter for _, parameter in self.named_parameters())
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields the modules it is made of, the base's too."""
+        yield from self.base.model.modules()
+        yield from self.score.modules()
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes the merged classifier, and the adapter with its head beside it."""

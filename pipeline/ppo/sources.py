@@ -146,8 +146,14 @@ class Loader:
                 take_raw_scores(model)
             elif not has_constants(model):
                 self.set_constants(model, reading, name=name)
-        size = self.settings.minibatch_size
-        return model_scorer(model, reading, words=self.words, name=name, batch_size=size)
+        return model_scorer(
+            model,
+            reading,
+            words=self.words,
+            name=name,
+            batch_size=self.settings.microbatch_size,
+            workers=self.settings.workers,
+        )
 
     def set_constants(self, model: Any, reading: "Reading", *, name: str) -> None:
         """Measures the normalisation constants that a model's config.json does not have."""

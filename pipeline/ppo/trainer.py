@@ -25,8 +25,9 @@ from pipeline.ppo.experience import Experience, Roles, assemble, measure, move_r
 from pipeline.ppo.kl import AdaptiveController, Controller, FixedController, compensated
 from pipeline.ppo.losses import text_loss
 from pipeline.ppo.metrics import explained_variance, objective
-from pipeline.ppo.optimiser import Lesson, Optimiser, precision_context
+from pipeline.ppo.optimiser import Optimiser
 from pipeline.ppo.order import interleave, rows_in_turn
+from pipeline.ppo.passes import Lesson, precision_context
 from pipeline.ppo.rewards import final_scores, token_rewards
 from pipeline.ppo.rollout import generate, stream, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
@@ -70,7 +71,10 @@ class PPOTrainer:
         self.eos_id, self.pad_id = eos_id, pad_id
         if rewards is None:
             scorer = token_scorer(
-                roles.reward_model, pad_id=pad_id, batch_size=settings.minibatch_size
+                roles.reward_model,
+                pad_id=pad_id,
+                batch_size=settings.microbatch_size,
+                workers=settings.workers,
             )
             rewards = Rewards({"reward": Divided(scorer)})
         self.rewards = rewards
@@ -186,6 +190,7 @@ class PPOTrainer:
                 temperature=self.settings.temperature,
                 eos_id=self.eos_id,
                 pad_id=self.pad_id,
+                workers=self.settings.workers,
             )
         return interleave(distributed.gather_objects(responses))
 
@@ -199,7 +204,8 @@ class PPOTrainer:
                 responses[share],
                 temperature=self.settings.temperature,
                 pad_id=self.pad_id,
-                batch_size=self.settings.minibatch_size,
+                batch_size=self.settings.microbatch_size,
+                workers=self.settings.workers,
             )
             parts = self.rewards.measure(prompts, responses)
         shares = distributed.gather_objects(measured)

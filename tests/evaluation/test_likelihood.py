@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pipeline.evaluation.likelihood import divergence, negative_log_likelihood
+from pipeline.evaluation.likelihood import Reading, divergence, negative_log_likelihood
 from tests.support import assert_close, tiny_llama
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [4, 4, 4, 4]]
 RESPONSES = [[11, 1], [12, 13, 14, 15, 1], [16], [17, 18]]
-SETTINGS = {"prompts": PROMPTS, "responses": RESPONSES, "pad_id": 0}
+SETTINGS = {"prompts": PROMPTS, "responses": RESPONSES}
 
 
 def slow_logprobs(model, prompt, response):
@@ -29,7 +29,9 @@ def models():
 @torch.no_grad()
 def test_divergence_is_the_sum_over_response_tokens_and_vocabulary(models):
     policy, reference = models
-    found = divergence(policy, reference=reference, batch_size=3, **SETTINGS)
+    found = divergence(
+        policy, reference=reference, reading=Reading(pad_id=0, batch_size=3), **SETTINGS
+    )
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ours = slow_logprobs(policy, prompt, response)
         theirs = slow_logprobs(reference, prompt, response)
@@ -40,14 +42,19 @@ def test_divergence_is_the_sum_over_response_tokens_and_vocabulary(models):
 
 
 def test_a_policy_does_not_diverge_from_itself(models):
-    found = divergence(models[0], reference=models[0], batch_size=2, **SETTINGS)
+    found = divergence(
+        models[0], reference=models[0], reading=Reading(pad_id=0, batch_size=2), **SETTINGS
+    )
     assert found.kl.tolist() == [0.0] * 4
     assert found.k1.tolist() == [0.0] * 4
 
 
 def test_divergence_is_positive_and_its_batches_do_not_matter(models):
-    whole = divergence(models[0], reference=models[1], batch_size=4, **SETTINGS)
-    parts = divergence(models[0], reference=models[1], batch_size=1, **SETTINGS)
+    whole = divergence(
+        models[0], reference=models[1], reading=Reading(pad_id=0, batch_size=4), **SETTINGS
+    )
+    reading = Reading(pad_id=0, batch_size=1, workers=2)
+    parts = divergence(models[0], reference=models[1], reading=reading, **SETTINGS)
     assert (whole.kl > 0).all()
     assert_close(whole.kl, parts.kl, tolerance=1e-4)
     assert_close(whole.k1, parts.k1, tolerance=1e-4)
@@ -55,14 +62,14 @@ def test_divergence_is_positive_and_its_batches_do_not_matter(models):
 
 @torch.no_grad()
 def test_likelihood_counts_the_end_of_sequence(models):
-    found = negative_log_likelihood(models[0], batch_size=2, **SETTINGS)
+    found = negative_log_likelihood(models[0], reading=Reading(pad_id=0, batch_size=2), **SETTINGS)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         table = slow_logprobs(models[0], prompt, response)
         expected = -sum(table[i, token] for i, token in enumerate(response))
         assert_close(found[row], float(expected), tolerance=1e-4)
     # The first response ends with EOS, which is a token like the others and costs nats.
     cut = negative_log_likelihood(
-        models[0], prompts=[PROMPTS[0]], responses=[[11]], pad_id=0, batch_size=1
+        models[0], prompts=[PROMPTS[0]], responses=[[11]], reading=Reading(pad_id=0, batch_size=1)
     )
     assert found[0] > cut[0]
 
@@ -71,7 +78,8 @@ def test_the_expected_k1_is_the_divergence(models):
     # Over all one-token replies, weighted by the policy: sum p (log p - log q) = KL.
     policy, reference = models
     every = [[token] for token in range(24)]
-    settings = {"prompts": [[5, 6]] * 24, "responses": every, "pad_id": 0, "batch_size": 24}
+    reading = Reading(pad_id=0, batch_size=24)
+    settings = {"prompts": [[5, 6]] * 24, "responses": every, "reading": reading}
     found = divergence(policy, reference=reference, **settings)
     chances = (-negative_log_likelihood(policy, **settings)).exp()
     assert_close((chances * found.k1).sum(), found.kl[0], tolerance=1e-4)

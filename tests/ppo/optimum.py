@@ -119,7 +119,8 @@ class World:
         return Settings(
             seed=self.seed, updates=self.updates, prompts_per_update=128, minibatch_size=64,
             microbatch_size=64, max_response_tokens=self.budget, temperature=TEMPERATURE,
-            precision="fp32", kl=self.kl, reward=self.reward, advantage=Advantage(),
+            precision="fp32",
+            workers=1, kl=self.kl, reward=self.reward, advantage=Advantage(),
             optimisation=self.optimisation,
         )  # fmt: skip
 

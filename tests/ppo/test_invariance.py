@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import models
-from pipeline.ppo import experience, optimiser, scorers
+from pipeline.ppo import experience, optimiser, passes, scorers
 from pipeline.ppo import trainer as module
 from pipeline.sequences import Batch, collate
 from tests.ppo.company import Company
@@ -98,10 +98,25 @@ def padded(prompts, responses, *, pad_id, left, right):
 @both_precisions
 @pytest.mark.parametrize(("left", "right"), [(0, 5), (4, 0), (3, 2)])
 def test_padding(left, right, double, monkeypatch):
-    for place in (optimiser, experience, models):
+    for place in (passes, experience, models):
         more = functools.partial(padded, left=left, right=right)
         monkeypatch.setattr(place, "collate", more)
     same(updated(double=double), double=double)
+
+
+@both_precisions
+@pytest.mark.parametrize("sharing", ["separate", "trunk", "lora"])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_side_by_side(workers, sharing, double):
+    options = {"double": double, "sharing": sharing, "microbatch_size": 2}
+    before, alone = (weights(prepared(**options)), updated(**options))
+    assert not torch.equal(before, alone)
+    assert_close(updated(workers=workers, **options), alone, tolerance=TOLERANCE[double])
+
+
+def test_workers_side_by_side_make_the_same_bits_twice():
+    first, second = (updated(double=False, workers=2, microbatch_size=2) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @both_precisions

@@ -60,6 +60,12 @@ def test_batch_size_changes_nothing(model, prompts, batch_size):
     assert run(model, prompts, rows, batch_size=batch_size) == run(model, prompts, rows)
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_side_by_side_change_nothing(model, prompts, workers):
+    rows = list(range(len(prompts)))
+    assert run(model, prompts, rows, workers=workers) == run(model, prompts, rows)
+
+
 def test_order_of_rows_changes_nothing(model, prompts):
     rows = list(range(len(prompts)))
     shuffled = random.Random(1).sample(rows, len(rows))

@@ -83,6 +83,7 @@ def settings(**changes: Any) -> Settings:
         "max_response_tokens": 8,
         "temperature": 1.0,
         "precision": "fp32",
+        "workers": 1,
     }
     return Settings(**{**fields, **groups, **changes})
 

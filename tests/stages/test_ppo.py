@@ -13,6 +13,7 @@ from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
 from pipeline.ppo import inputs
+from pipeline.ppo.loading import load_roles
 from stages import data, ppo, tokenizer
 
 SIZES = {
@@ -212,14 +213,18 @@ def test_a_tokenizer_that_does_not_match_is_refused(run_folder, monkeypatch):
     )  # fmt: skip
     parents = ppo.open_parents(config)
     with pytest.raises(UserError, match="reward has another tokenizer than .*sft.* make reward"):
-        ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
+        load_roles(
+            parents["sft"], parents["reward"], wanted=config.wanted, device=torch.device("cpu")
+        )
 
 
 def test_every_role_is_a_model_of_its_own_and_only_two_are_trained(run_folder):
     sizes = {"max_prompt_tokens": 32, "max_response_tokens": 16, "threads": 1}
     config = ppo.Config(recipe="smoke", run=str(run_folder), tracking="none", **sizes)
     parents = ppo.open_parents(config)
-    roles = ppo.load_roles(config, parents["sft"], parents["reward"], accelerator=ppo.setup(config))
+    roles = load_roles(
+        parents["sft"], parents["reward"], wanted=config.wanted, device=torch.device("cpu")
+    )
     first = {name: next(model.parameters()) for name, model in vars(roles).items()}
     assert len({tensor.data_ptr() for tensor in first.values()}) == 4
     assert {name for name, tensor in first.items() if tensor.requires_grad} == {"policy", "value"}

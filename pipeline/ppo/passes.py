@@ -1,0 +1,271 @@
+"""Forward and backward passes over micro-batches, by workers that share weights."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pipeline.parallel import side_by_side
+from pipeline.ppo.experience import Experience, Roles, length_mask, state_values
+from pipeline.ppo.losses import Loss, entropy_loss, kl_loss, policy_loss, text_loss, value_loss
+from pipeline.ppo.metrics import named_sums
+from pipeline.ppo.settings import Settings
+from pipeline.sequences import (
+    Batch,
+    chosen_logprobs,
+    collate,
+    next_logprobs,
+    pad_tokens,
+    response_states,
+    token_entropy,
+)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an update learns from.
+
+    Attributes:
+        experience: the rollout.
+        advantages: one per token, 0 outside the mask.
+        returns: targets of the value model, 0 outside the mask; None when there is no such model.
+        kl_coef: beta, where the penalty stands in the loss.
+    """
+
+    experience: Experience
+    advantages: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"] | None
+    kl_coef: float
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows of a lesson on the device, cut to their longest response."""
+
+    batch: Batch
+    mask: Bool[Tensor, "batch time"]
+    logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"]
+    advantages: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"] | None
+    kl_coef: float
+
+    @classmethod
+    def of(
+        cls, lesson: Lesson, rows: Int[Tensor, " microbatch"], *, pad_id: int, device: torch.device
+    ) -> "Microbatch":
+        """Returns some rows of a lesson."""
+        experience = lesson.experience
+        prompts = [experience.prompts[row] for row in rows]
+        responses = [experience.responses[row] for row in rows]
+        mask = length_mask(responses)
+
+        def rows_of(values: Tensor) -> Tensor:
+            return values[rows, : mask.shape[1]].to(device)
+
+        return cls(
+            batch=collate(prompts, responses, pad_id=pad_id).to(device),
+            mask=mask.to(device),
+            logprobs=rows_of(experience.logprobs),
+            ref_logprobs=rows_of(experience.ref_logprobs),
+            advantages=rows_of(lesson.advantages),
+            values=rows_of(experience.values),
+            returns=None if lesson.returns is None else rows_of(lesson.returns),
+            kl_coef=lesson.kl_coef,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pass forward and backward.
+
+    Attributes:
+        kind: policy, value, trunk (both on one trunk) or text (PPO-ptx).
+        rows: what is read; for text its token ids.
+        num_tokens: tokens of the whole minibatch, by which the losses are divided.
+        moving: the roles whose gradients are wanted.
+    """
+
+    kind: str
+    rows: Microbatch | Int[Tensor, "row time"]
+    num_tokens: int
+    moving: Sequence[str]
+
+    @property
+    def size(self) -> int:
+        """Positions that are read."""
+        return (self.rows if isinstance(self.rows, Tensor) else self.rows.batch.input_ids).numel()
+
+
+class Crew:
+    """Workers that divide the passes of a step, each on the same weights with gradients of its own.
+
+    So what the gradients sum to does not depend on which pass ends first.
+    """
+
+    def __init__(self, roles: Roles, settings: Settings) -> None:
+        self.workers = [Worker(roles, settings)]
+        for _ in range(1, settings.workers):
+            self.workers.append(Worker(on_same_weights(roles), settings))
+
+    def backward(self, jobs: Sequence[Job]) -> list[dict[str, float]]:
+        """Returns the sums of the passes after adding their gradients to those of the roles."""
+        work = list(zip(self.workers, divided(jobs, shares=len(self.workers)), strict=True))
+        sums = [
+            part
+            for share in side_by_side(
+                lambda mine: [mine[0].backward(job) for job in mine[1]], work, workers=len(work)
+            )
+            for part in share
+        ]
+        for worker in self.workers[1:]:
+            pairs = zip(self.workers[0].parameters(), worker.parameters(), strict=True)
+            for ours, theirs in pairs:
+                if theirs.grad is not None:
+                    ours.grad = theirs.grad if ours.grad is None else ours.grad.add_(theirs.grad)
+                    theirs.grad = None
+        return sums
+
+
+def divided(jobs: Sequence[Job], *, shares: int) -> list[list[Job]]:
+    """Returns shares of like size, each in the order given.
+
+    The largest job is dealt first, each to the share that is smallest so far.
+    """
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    sizes = [0] * shares
+    for index in sorted(range(len(jobs)), key=lambda index: -jobs[index].size):
+        share = sizes.index(min(sizes))
+        dealt[share].append(index)
+        sizes[share] += jobs[index].size
+    return [[jobs[index] for index in sorted(share)] for share in dealt]
+
+
+def on_same_weights(roles: Roles) -> Roles:
+    """Returns roles that read the weights of these; gradients, and which adapter is on, are theirs.
+
+    What is frozen is the same tensor, what is trained another parameter of the same memory.
+    """
+    seen: dict[int, Any] = {}
+    for role in filter(None, (roles.policy, roles.value)):
+        for module in role.modules():
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                trained = tensor.requires_grad
+                seen[id(tensor)] = nn.Parameter(tensor.detach()) if trained else tensor
+    policy, value = copy.deepcopy((roles.policy, roles.value), seen)
+    return replace(roles, policy=policy, value=value)
+
+
+class Worker:
+    """Goes forward and backward through the roles, a job at a time."""
+
+    def __init__(self, roles: Roles, settings: Settings) -> None:
+        self.roles, self.settings = roles, settings
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields what is trained, always in the same order."""
+        for role in filter(None, (self.roles.policy, self.roles.value)):
+            yield from (parameter for parameter in role.parameters() if parameter.requires_grad)
+
+    def backward(self, job: Job) -> dict[str, float]:
+        """Returns the sums of one pass after adding its gradients to what moves."""
+        rates, micro = self.settings.optimisation, job.rows
+        coefs = {"policy": 1.0, "value": rates.value_coef, "entropy": rates.entropy_coef}
+        if isinstance(micro, Tensor):
+            coefs, losses = {"ptx": rates.ptx_coef}, self._text(micro, job)
+        else:
+            coefs["kl"], losses = micro.kl_coef, self._losses(micro, job)
+        weighed = (coefs[name] * loss.value for name, loss in losses.items())
+        total = sum(weighed, torch.zeros(()))
+        if total.requires_grad:
+            total.backward()
+        return named_sums(losses)
+
+    def _losses(self, micro: Microbatch, job: Job) -> dict[str, Loss]:
+        if job.kind == "value":
+            states = self._states(self.roles.value, micro)
+            return self._critic(states, micro, num_tokens=job.num_tokens)
+        with torch.set_grad_enabled("policy" in job.moving):
+            states = self._states(self.roles.policy, micro)
+            losses = self._policy(states, micro, num_tokens=job.num_tokens)
+        if job.kind == "trunk":
+            losses |= self._critic(states, micro, num_tokens=job.num_tokens)
+        return losses
+
+    def _states(self, model: Any, micro: Microbatch) -> Float[Tensor, "token width"]:
+        with self._precision():
+            return response_states(model, micro.batch)
+
+    def _critic(
+        self, states: Float[Tensor, "token width"], micro: Microbatch, *, num_tokens: int
+    ) -> dict[str, Loss]:
+        assert micro.returns is not None
+        with self._precision():
+            values = state_values(self.roles.value, states)
+        loss = value_loss(
+            pad_tokens(values, micro.mask),
+            micro.values,
+            micro.returns,
+            micro.mask,
+            clip=self.settings.optimisation.value_clip,
+            num_tokens=num_tokens,
+        )
+        return {"value": loss}
+
+    def _policy(
+        self, states: Float[Tensor, "token width"], micro: Microbatch, *, num_tokens: int
+    ) -> dict[str, Loss]:
+        rates, estimator = self.settings.optimisation, self.settings.kl.in_loss
+        with self._precision():
+            logprobs = next_logprobs(
+                self.roles.policy, states, temperature=self.settings.temperature
+            )
+        chosen = pad_tokens(chosen_logprobs(logprobs, micro.batch), micro.mask)
+        losses = {
+            "policy": policy_loss(
+                chosen,
+                micro.logprobs,
+                micro.advantages,
+                micro.mask,
+                clip=rates.clip,
+                clip_high=rates.clip_high,
+                dual_clip=rates.dual_clip,
+                num_tokens=num_tokens,
+            )
+        }
+        if estimator is not None:
+            losses["kl"] = kl_loss(
+                chosen,
+                micro.logprobs,
+                micro.ref_logprobs,
+                micro.mask,
+                estimator=estimator,
+                num_tokens=num_tokens,
+            )
+        if rates.entropy_coef > 0:
+            entropy = pad_tokens(token_entropy(logprobs), micro.mask)
+            losses["entropy"] = entropy_loss(entropy, micro.mask, num_tokens=num_tokens)
+        return losses
+
+    def _text(self, ids: Int[Tensor, "row time"], job: Job) -> dict[str, Loss]:
+        with torch.set_grad_enabled("policy" in job.moving), self._precision():
+            logits = self.roles.policy(input_ids=ids, use_cache=False).logits
+            return {"ptx": text_loss(logits, ids, num_tokens=job.num_tokens)}
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return precision_context(self.settings.precision, self.roles.policy.device)
+
+
+def precision_context(
+    precision: str, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context of a forward pass: autocast for bf16, nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
