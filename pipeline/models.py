@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.architecture import Architecture
+from pipeline.attention import is_packed
 from pipeline.config import require
 from pipeline.errors import UserError
 from pipeline.origin import Origin
@@ -238,12 +239,9 @@ def last_token_scores(
     pad_id: int,
 ) -> Float[Tensor, "batch"]:
     """Returns raw scores read at the last real token of each row, float32 or wider."""
-    batch = collate(prompts, responses, pad_id=pad_id).to(model.device)
+    batch = collate(prompts, responses, pad_id=pad_id, packed=is_packed(model)).to(model.device)
     hidden = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    last = torch.where(batch.attention_mask, columns, -1).max(dim=1).values  # padding on any side
-    rows = torch.arange(len(last), device=last.device)
-    raw: Tensor = model.score(hidden[rows, last])[:, 0]
+    raw: Tensor = model.score(hidden[batch.last()])[:, 0]
     return wide(raw)
 
 

@@ -8,42 +8,76 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.attention import packed_inputs
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompt + response rows, padded on the right.
+    """Prompt + response rows, padded on the right; or packed: end to end in a single row.
 
     Attributes:
         input_ids: token ids; pad_id outside attention_mask.
         attention_mask: True on real tokens.
         position_ids: 0, 1, 2, … from the cumulative mask; 0 on padding.
         response_mask: True on response tokens (EOS included).
+        row_lengths: tokens of each row where they are packed; empty where they are padded.
     """
 
     input_ids: Int[Tensor, "batch time"]
     attention_mask: Bool[Tensor, "batch time"]
     position_ids: Int[Tensor, "batch time"]
     response_mask: Bool[Tensor, "batch time"]
+    row_lengths: tuple[int, ...] = ()
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """Returns the keyword arguments of a transformers model's forward."""
+        if self.row_lengths:
+            return packed_inputs(self.input_ids, self.position_ids, self.row_lengths)
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask.long(),
             "position_ids": self.position_ids,
         }
 
+    def last(self) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+        """Returns where the last real token of each row of prompt + response stands."""
+        if self.row_lengths:
+            ends = torch.tensor(self.row_lengths, device=self.input_ids.device).cumsum(0) - 1
+            return torch.zeros_like(ends), ends
+        columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        ends = torch.where(self.attention_mask, columns, -1).amax(dim=1)  # padding on any side
+        return torch.arange(len(ends), device=ends.device), ends
+
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on a device."""
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.response_mask.to(device),
+            self.row_lengths,
+        )
 
 
 def collate(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    packed: bool = False,
 ) -> Batch:
-    """Returns rows of prompt + response tokens padded on the right to the longest row."""
+    """Returns rows of prompt + response tokens padded on the right to the longest row.
+
+    Args:
+        prompts: token ids, none empty.
+        responses: token ids.
+        pad_id: fills the rows up.
+        packed: puts the rows end to end instead, for models that read them so
+            (`pipeline.attention`).
+    """
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    width = max(len(row) for row in rows)
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     response_mask = torch.zeros_like(mask)
@@ -52,7 +86,17 @@ def collate(
         mask[index, : len(row)] = True
         response_mask[index, len(prompt) : len(row)] = True
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) * mask
-    return Batch(ids, mask, positions, response_mask)
+    batch = Batch(ids, mask, positions, response_mask)
+    return _packed(batch, tuple(lengths)) if packed else batch
+
+
+def _packed(padded: Batch, lengths: tuple[int, ...]) -> Batch:
+    """Returns the real tokens end to end."""
+    ids, positions, response_mask = (
+        tensor[padded.attention_mask][None]
+        for tensor in (padded.input_ids, padded.position_ids, padded.response_mask)
+    )
+    return Batch(ids, torch.ones_like(response_mask), positions, response_mask, lengths)
 
 
 def response_states(model: Any, batch: Batch) -> Float[Tensor, "token width"]:

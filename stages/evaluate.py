@@ -184,6 +184,7 @@ def load_models(
         UserError: language models of different vocabularies, or a reward model of another one that
             was not meant to have it.
     """
+    from pipeline.attention import pack
     from pipeline.evaluation.judge import Models
     from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
     from pipeline.parallel import choose_workers
@@ -199,12 +200,16 @@ def load_models(
             f"{parents[name].path} has another tokenizer than {parents['sft'].path}; "
             "models of one run must share it",
         )
-    lms = {name: load_causal_lm(parents[name].path) for name in ("sft", "ppo", "pretrain")}
+    lms = {
+        name: load_causal_lm(parents[name].path).to(device) for name in ("sft", "ppo", "pretrain")
+    }
+    for model in lms.values():
+        pack(model)
     reading = reading_of(parents["reward"], tokenizer=tokenizer)
     reward = load_reward_model(parents["reward"].path).to(device)
     words = Words.behind(prompts.tokens, prompts.messages, tokenizer=tokenizer)
     models = Models(
-        **{name: model.to(device) for name, model in lms.items()},
+        **lms,
         reward=reward,
         scorer=model_scorer(
             reward,

@@ -167,8 +167,11 @@ class Config(StageConfig):
         distance = self.keep_rollout_every * self.validate_every
         return distance > 0 and update % distance == 0
 
-    def settings(self, *, precision: str, workers: int) -> Settings:
-        """Returns what the trainer needs to know; precision and workers as they were chosen."""
+    def settings(self, device: Any) -> Settings:
+        """Returns what the trainer needs to know, what is left to the device chosen for it."""
+        from pipeline.models import choose_precision
+        from pipeline.parallel import choose_workers
+
         return Settings(
             seed=self.seed,
             updates=self.updates,
@@ -177,8 +180,8 @@ class Config(StageConfig):
             microbatch_size=self.microbatch_size,
             max_response_tokens=self.max_response_tokens,
             temperature=self.temperature,
-            precision=precision,
-            workers=workers,
+            precision=choose_precision(self.precision),
+            workers=choose_workers(self.workers, device),
             kl=self.kl,
             reward=self.reward,
             advantage=self.advantage,
@@ -202,8 +205,7 @@ def build_trainer(
     config: Config, parents: dict[str, Artifact], *, accelerator: "Accelerator"
 ) -> "tuple[PPOTrainer, Validation, dict[str, Any]]":
     """Returns the trainer, the validation, and what was counted on the way."""
-    from pipeline.models import choose_precision, load_tokenizer
-    from pipeline.parallel import choose_workers
+    from pipeline.models import load_tokenizer
     from pipeline.ppo.inputs import read_inputs
     from pipeline.ppo.loading import load_roles
     from pipeline.ppo.scorers import Divided
@@ -222,10 +224,7 @@ def build_trainer(
         text_length=config.longest,
         ptx=config.optimisation.ptx_coef > 0,
     )
-    settings = config.settings(
-        precision=choose_precision(config.precision),
-        workers=choose_workers(config.workers, accelerator.device),
-    )
+    settings = config.settings(accelerator.device)
     loader = Loader(
         parents=parents,
         roles=roles,

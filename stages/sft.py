@@ -164,7 +164,7 @@ def write_samples(
                 "response": decode_response(tokenizer, reply),
                 "human": decode_response(tokenizer, row.input_ids[len(prompt) :]),
             }
-            for prompt, reply, row in zip(prompts, replies, chosen, strict=True)
+            for prompt, reply, row in zip(prompts, replies.responses, chosen, strict=True)
         ],
     )
 

@@ -11,28 +11,50 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from pipeline.attention import pack
 from pipeline.models import load_causal_lm, load_reward_model
 from pipeline.parallel import choose_workers
 from pipeline.ppo.experience import Roles
+from pipeline.ppo.rollout import Sampled
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.trainer import PPOTrainer
 
-MICROBATCH = 4
-"""Rows of like length that go through the models together; gradients do not depend on it."""
+MICROBATCH = 8
+"""Rows that go through the models together; gradients do not depend on it."""
 
 
 class Replaying(PPOTrainer):
-    """Generates as ever, then learns from the rows of the workload."""
+    """Generates as ever, then learns from the rows of the workload.
+
+    Attributes:
+        replays: responses by prompt, for each update.
+        sampled_tokens: how many the last update drew itself.
+        aside: seconds that the last update spent on what sampling would have left of the workload's
+            rows, which is not to be counted; the peer does the same off its clock.
+    """
 
     replays: list[dict[tuple[int, ...], list[int]]]
-    sampled: list[list[int]]
+    sampled_tokens: int
+    aside: float
 
     def sample(
         self, prompts: Sequence[list[int]], *, update: int, name: str = "rollout"
-    ) -> list[list[int]]:
+    ) -> Sampled:
         """Returns the given responses, whatever was sampled."""
-        self.sampled = super().sample(prompts, update=update, name=name)
-        return [self.replays[update][tuple(prompt)] for prompt in prompts]
+        drawn = super().sample(prompts, update=update, name=name)
+        self.sampled_tokens = sum(map(len, drawn.responses))
+        start = time.perf_counter()
+        responses = [self.replays[update][tuple(prompt)] for prompt in prompts]
+        experience = self.measure(list(prompts), Sampled(responses))
+        figures = {
+            name: [row[mask] for row, mask in zip(table, experience.mask, strict=True)]
+            for name, table in (
+                ("logprobs", experience.logprobs),
+                ("entropy", experience.entropy),
+            )
+        }
+        self.aside = time.perf_counter() - start
+        return Sampled(responses, figures)
 
 
 def build(folder: Path, *, minibatch: int | None = None, epochs: int | None = None) -> Replaying:
@@ -58,14 +80,16 @@ def build(folder: Path, *, minibatch: int | None = None, epochs: int | None = No
             max_grad_norm=1e9,  # TRL's trainer does not clip
         ),
     )
-    roles = Roles(
-        policy=load_causal_lm(folder / "policy"),
-        reference=load_causal_lm(folder / "policy").requires_grad_(False),
-        reward_model=load_reward_model(folder / "reward").requires_grad_(False),
-        value=load_reward_model(folder / "reward"),
-    )
+    models = {
+        "policy": load_causal_lm(folder / "policy"),
+        "reference": load_causal_lm(folder / "policy").requires_grad_(False),
+        "reward_model": load_reward_model(folder / "reward").requires_grad_(False),
+        "value": load_reward_model(folder / "reward"),
+    }
+    for model in models.values():
+        pack(model)
     trainer = Replaying(
-        roles,
+        Roles(**models),
         content["prompts"],
         settings=settings,
         accelerator=Accelerator(cpu=True),
@@ -81,15 +105,15 @@ def measured(trainer: Replaying, number: int) -> dict[str, Any]:
     """Returns seconds by phase, tokens sampled, and the peak memory so far in MB."""
     start = time.perf_counter()
     outcome = trainer.update(number)
-    total = time.perf_counter() - start
-    generation = outcome.timings["time/rollout_seconds"]
+    total = time.perf_counter() - start - trainer.aside
+    generation = outcome.timings["time/rollout_seconds"] - trainer.aside
     training = outcome.timings["time/optimise_seconds"]
     return {
         "generation": generation,
         "scoring": total - generation - training,
         "training": training,
         "total": total,
-        "sampled_tokens": sum(len(row) for row in trainer.sampled),
+        "sampled_tokens": trainer.sampled_tokens,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
     }
 

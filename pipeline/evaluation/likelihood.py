@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pipeline.attention import is_packed
 from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import full_kl
@@ -51,13 +52,14 @@ def divergence(
         responses: token ids, one list a row, EOS included where the response ended.
         reading: how the rows are put together.
     """
+    packed = is_packed(policy) and is_packed(reference)
 
     def apart(batch: Batch) -> tuple[Tensor, Tensor]:
         ours, theirs = (_logprobs(model, batch) for model in (policy, reference))
         k1 = chosen_logprobs(ours, batch) - chosen_logprobs(theirs, batch)
         return full_kl(ours, theirs), k1
 
-    kl, k1 = _summed(apart, prompts, responses, reading=reading)
+    kl, k1 = _summed(apart, prompts, responses, reading=reading, packed=packed)
     return Divergence(kl=kl, k1=k1)
 
 
@@ -69,7 +71,7 @@ def negative_log_likelihood(
     def surprise(batch: Batch) -> tuple[Tensor]:
         return (-chosen_logprobs(_logprobs(model, batch), batch),)
 
-    return _summed(surprise, prompts, responses, reading=reading)[0]
+    return _summed(surprise, prompts, responses, reading=reading, packed=is_packed(model))[0]
 
 
 def _logprobs(model: nn.Module, batch: Batch) -> Float[Tensor, "token vocabulary"]:
@@ -83,6 +85,7 @@ def _summed(
     responses: TokenIds,
     *,
     reading: Reading,
+    packed: bool,
 ) -> list[Float[Tensor, " row"]]:
     """Returns figures of response tokens, summed over each row; rows of like length are a batch."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
@@ -94,8 +97,10 @@ def _summed(
             [prompts[row] for row in rows],
             [responses[row] for row in rows],
             pad_id=reading.pad_id,
+            packed=packed,
         )
-        owner = batch.response_mask.nonzero()[:, 0]
+        counts = torch.tensor([len(responses[row]) for row in rows])
+        owner = torch.arange(len(rows)).repeat_interleave(counts)
         zeros = torch.zeros(len(rows))
         return [zeros.index_add(0, owner, tokens) for tokens in figures(batch)]
 

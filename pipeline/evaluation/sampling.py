@@ -64,7 +64,7 @@ def sample(
         sampling.seed, update=draw, rows=list(rows), positions=sampling.max_response_tokens
     )
     with torch.inference_mode():
-        responses = generate(
+        sampled = generate(
             model,
             list(prompts),
             uniforms=numbers,
@@ -74,7 +74,7 @@ def sample(
             batch_size=sampling.batch_size,
             workers=sampling.workers,
         )
-    return [_reply(list(ids), tokenizer=tokenizer, eos_id=eos_id) for ids in responses]
+    return [_reply(list(ids), tokenizer=tokenizer, eos_id=eos_id) for ids in sampled.responses]
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.attention import is_packed
 from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import k1
@@ -49,6 +50,12 @@ class Roles:
     def one_trunk(self) -> bool:
         """Whether the critic is a head on the policy's own hidden states."""
         return self.value is not None and self.value.base_model == self.policy.base_model
+
+    @property
+    def packed(self) -> bool:
+        """Whether all that read responses token by token read packed rows."""
+        readers = (self.policy, self.reference, self.value)
+        return all(is_packed(role) for role in readers if role is not None)
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,9 @@ def measure(
     pad_id: int,
     batch_size: int,
     workers: int = 1,
+    known: Mapping[str, list[Any]] | None = None,
 ) -> dict[str, list[Any]]:
-    """Returns per row: logprobs, ref_logprobs, values and entropy of its tokens.
+    """Returns per row: logprobs, ref_logprobs, entropy and with a critic values of its tokens.
 
     Rows are measured in the order of their lengths, so that batches hold little padding.
 
@@ -137,21 +145,24 @@ def measure(
         pad_id: fills the rows up.
         batch_size: rows of one forward pass.
         workers: passes of one model side by side.
+        known: logprobs and entropy, where sampling has left them: the policy is then not read.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     chosen = by_length(lengths, batch_size=batch_size)
     batches = [
-        collate([prompts[i] for i in rows], [responses[i] for i in rows], pad_id=pad_id).to(
-            roles.policy.device
-        )
+        collate(
+            [prompts[i] for i in rows],
+            [responses[i] for i in rows],
+            pad_id=pad_id,
+            packed=roles.packed,
+        ).to(roles.policy.device)
         for rows in chosen
     ]
-    figures: dict[str, list[Any]] = {}
-    for one_pass in _passes(roles, temperature=temperature):
-        for rows, batch, measured in zip(
-            chosen, batches, side_by_side(one_pass, batches, workers=workers), strict=True
-        ):
-            counts = batch.response_mask.sum(dim=1).tolist()
+    figures: dict[str, list[Any]] = dict(known or {})
+    for one_pass in _passes(roles, temperature=temperature)[1 if known else 0 :]:
+        found = side_by_side(one_pass, batches, workers=workers)
+        for rows, measured in zip(chosen, found, strict=True):
+            counts = [len(responses[row]) for row in rows]
             for name, tokens in measured.items():
                 of_rows = figures.setdefault(name, [None] * len(lengths))
                 for row, part in zip(rows, tokens.cpu().split(counts), strict=True):
@@ -167,9 +178,7 @@ def _passes(roles: Roles, *, temperature: float) -> list[Callable[[Batch], dict[
         logprobs = next_logprobs(roles.policy, states, temperature=temperature)
         chosen = chosen_logprobs(logprobs, batch)
         figures = {"logprobs": chosen, "entropy": token_entropy(logprobs)}
-        if roles.value is None:
-            figures["values"] = torch.zeros_like(chosen)
-        elif roles.one_trunk:
+        if roles.one_trunk:
             figures["values"] = state_values(roles.value, states)
         return figures
 
@@ -199,7 +208,9 @@ def assemble(
     tokens = {
         name: pad_tokens(torch.cat(measured[name]), mask)
         for name in ("logprobs", "ref_logprobs", "values", "entropy")
+        if name in measured
     }
+    tokens.setdefault("values", torch.zeros_like(tokens["logprobs"]))
     return Experience(
         prompts=prompts,
         responses=responses,

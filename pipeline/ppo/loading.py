@@ -52,25 +52,34 @@ def load_roles(
 def _roles_apart(
     sft: Path, reward: Path | None, *, wanted: Wanted, device: torch.device
 ) -> "Roles":
+    from pipeline.attention import pack
     from pipeline.models import load_causal_lm, load_reward_model
     from pipeline.ppo.experience import Roles
+    from pipeline.ppo.sharing import TrunkValue
 
-    policy = load_causal_lm(sft).to(device)
+    def ready(model: Any) -> Any:
+        model.to(device)
+        pack(model)
+        return model
+
+    policy = ready(load_causal_lm(sft))
+    value: Any = None
+    if wanted.critic:
+        trunk = wanted.roles == "trunk"
+        value = TrunkValue(policy) if trunk else ready(_load_critic(sft, reward))
     return Roles(
         policy=policy,
-        reference=load_causal_lm(sft).to(device).requires_grad_(False),
-        reward_model=reward and load_reward_model(reward).to(device).requires_grad_(False),
-        value=_load_critic(policy, sft=sft, reward=reward, trunk=wanted.roles == "trunk")
-        if wanted.critic
-        else None,
+        reference=ready(load_causal_lm(sft)).requires_grad_(False),
+        reward_model=reward and ready(load_reward_model(reward)).requires_grad_(False),
+        value=value,
     )
 
 
-def _load_critic(policy: Any, *, sft: Path, reward: Path | None, trunk: bool) -> Any:
-    """Returns the value model: a head on the policy's trunk, or a model of its own.
+def _load_critic(sft: Path, reward: Path | None) -> Any:
+    """Returns a value model of its own.
 
-    That starts from the reward model, or where none reads the policy's tokens, from the SFT
-    model's body with a head of 0.
+    It starts from the reward model, or where none reads the policy's tokens, from the SFT model's
+    body with a head of 0.
     """
     from pipeline.models import (
         load_reward_model,
@@ -78,13 +87,10 @@ def _load_critic(policy: Any, *, sft: Path, reward: Path | None, trunk: bool) ->
         load_with_new_head,
         take_raw_scores,
     )
-    from pipeline.ppo.sharing import TrunkValue
 
-    if trunk:
-        return TrunkValue(policy)
     if reward is not None:
-        return load_reward_model(reward).to(policy.device)
-    value = load_with_new_head(sft, pad_id=load_tokenizer(sft).pad_token_id).to(policy.device)
+        return load_reward_model(reward)
+    value = load_with_new_head(sft, pad_id=load_tokenizer(sft).pad_token_id)
     take_raw_scores(value)
     log.info("ppo: the value model starts from %s with a head of 0", sft)
     return value

@@ -144,9 +144,8 @@ class Optimiser:
         """Returns the passes of this process over a minibatch, the policy's before the critic's."""
         mine = _share(rows)
         mine = mine[lesson.experience.lengths[mine].argsort(stable=True)]  # batches pad little
-        device = self.models["policy"].device
         micros = [
-            Microbatch.of(lesson, micro, pad_id=self.pad_id, device=device)
+            Microbatch.of(lesson, micro, roles=self.roles, pad_id=self.pad_id)
             for micro in mine.split(self.settings.microbatch_size)
             if len(micro)
         ]
@@ -156,7 +155,7 @@ class Optimiser:
         if self.text is not None:
             length = len(text_rows) * (self.text.shape[1] - 1)
             jobs += [
-                Job("text", self.text[micro].to(device), length, self.moving)
+                Job("text", self.text[micro].to(self.roles.policy.device), length, self.moving)
                 for micro in _share(text_rows).split(self.settings.microbatch_size)
                 if len(micro)
             ]

@@ -56,11 +56,17 @@ class Microbatch:
     returns: Float[Tensor, "batch time"] | None
     kl_coef: float
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its rows stand end to end."""
+        return bool(self.batch.row_lengths)
+
     @classmethod
     def of(
-        cls, lesson: Lesson, rows: Int[Tensor, " microbatch"], *, pad_id: int, device: torch.device
+        cls, lesson: Lesson, rows: Int[Tensor, " microbatch"], *, roles: Roles, pad_id: int
     ) -> "Microbatch":
-        """Returns some rows of a lesson."""
+        """Returns some rows of a lesson, as the roles read them."""
+        device = roles.policy.device
         experience = lesson.experience
         prompts = [experience.prompts[row] for row in rows]
         responses = [experience.responses[row] for row in rows]
@@ -70,7 +76,7 @@ class Microbatch:
             return values[rows, : mask.shape[1]].to(device)
 
         return cls(
-            batch=collate(prompts, responses, pad_id=pad_id).to(device),
+            batch=collate(prompts, responses, pad_id=pad_id, packed=roles.packed).to(device),
             mask=mask.to(device),
             logprobs=rows_of(experience.logprobs),
             ref_logprobs=rows_of(experience.ref_logprobs),
@@ -175,6 +181,7 @@ class Worker:
 
     def backward(self, job: Job) -> dict[str, float]:
         """Returns the sums of one pass after adding its gradients to what moves."""
+        assert isinstance(job.rows, Tensor) or job.rows.is_packed == self.roles.packed
         rates, micro = self.settings.optimisation, job.rows
         coefs = {"policy": 1.0, "value": rates.value_coef, "entropy": rates.entropy_coef}
         if isinstance(micro, Tensor):

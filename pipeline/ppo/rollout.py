@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,17 +39,40 @@ def uniforms(
     return torch.from_numpy(numbers)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Responses, and per token what the policy said of it as it was drawn.
+
+    Attributes:
+        responses: token ids up to and including EOS, or cut at the budget.
+        figures: log-probability of each token and entropy of its distribution in nats, by the
+            names logprobs and entropy; nothing where they are to be measured anew.
+    """
+
+    responses: list[list[int]]
+    figures: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
 def sample_tokens(
     logits: Float[Tensor, "batch vocabulary"],
     uniform: Float[Tensor, "batch"],
     *,
     temperature: float,
-) -> Int[Tensor, "batch"]:
-    """Returns the first token whose cumulative probability exceeds the row's uniform number."""
-    cumulative = (wide(logits) / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+) -> tuple[Int[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    """Returns the first token whose cumulative probability exceeds the row's uniform number.
+
+    With it come its log-probability, and the entropy of what it was drawn from: log sum exp(z)
+    less the mean of z.
+    """
+    logits = wide(logits) / temperature
+    probabilities = logits.softmax(dim=-1)
+    cumulative = probabilities.double().cumsum(dim=-1)
     threshold = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return tokens.clamp(max=logits.shape[1] - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[1] - 1)
+    logprobs = probabilities.gather(1, tokens).log()
+    norms = logits.gather(1, tokens) - logprobs
+    entropy = norms[:, 0] - torch.linalg.vecdot(probabilities, logits)
+    return tokens[:, 0], logprobs[:, 0], entropy
 
 
 def generate(
@@ -61,8 +85,8 @@ def generate(
     pad_id: int,
     batch_size: int = 256,
     workers: int = 1,
-) -> list[list[int]]:
-    """Returns one response per prompt: token ids up to and including EOS, or cut at the budget.
+) -> Sampled:
+    """Returns one response per prompt, with what the policy said of every token.
 
     Temperature only: no top-k, top-p, repetition penalty or minimum length, so that the tokens
     come from the policy itself.
@@ -81,17 +105,20 @@ def generate(
     batches = by_length([len(prompt) for prompt in prompts], batch_size=size)
 
     @torch.no_grad()
-    def continued(rows: list[int]) -> list[list[int]]:
+    def continued(rows: list[int]) -> Sampled:
         batch = _Decoding(model, [prompts[row] for row in rows], pad_id=pad_id)
         return batch.run(uniforms[rows], temperature=temperature, eos_id=eos_id)
 
-    responses: list[list[int]] = [[] for _ in prompts]
-    for rows, written in zip(
-        batches, side_by_side(continued, batches, workers=workers), strict=True
-    ):
-        for row, tokens in zip(rows, written, strict=True):
-            responses[row] = tokens
-    return responses
+    parts = list(side_by_side(continued, batches, workers=workers))
+    places = [(part, index) for part in range(len(batches)) for index in range(len(batches[part]))]
+    order = sorted(places, key=lambda place: batches[place[0]][place[1]])
+    return Sampled(
+        [parts[part].responses[index] for part, index in order],
+        {
+            name: [parts[part].figures[name][index] for part, index in order]
+            for name in ("logprobs", "entropy")
+        },
+    )
 
 
 class _Decoding:
@@ -116,17 +143,23 @@ class _Decoding:
 
     def run(
         self, uniforms: Float[Tensor, "row position"], *, temperature: float, eos_id: int
-    ) -> list[list[int]]:
-        """Returns the response tokens of every row."""
+    ) -> Sampled:
+        """Returns the response of every row."""
         uniforms = uniforms.to(self.ids.device)
         budget = uniforms.shape[1]
         tokens = torch.full_like(uniforms, eos_id, dtype=torch.long)
         lengths = torch.full_like(uniforms[:, 0], budget, dtype=torch.long)
+        figures: dict[str, Tensor] = {}
         for position in range(budget):
             logits = self._step()
             if position == 0:
                 make_room(self.cache, positions=budget - 1)
-            drawn = sample_tokens(logits, uniforms[self.active, position], temperature=temperature)
+            drawn, logprobs, entropy = sample_tokens(
+                logits, uniforms[self.active, position], temperature=temperature
+            )
+            for name, values in (("logprobs", logprobs), ("entropy", entropy)):
+                table = figures.setdefault(name, values.new_zeros(uniforms.shape))
+                table[self.active, position] = values
             going = lengths[self.active] == budget
             drawn = torch.where(going, drawn, eos_id)
             tokens[self.active, position] = drawn
@@ -135,7 +168,13 @@ class _Decoding:
             if bool((lengths[self.active] < budget).all()) or position + 1 == budget:
                 break
             self._extend(drawn, lengths[self.active] == budget)
-        return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        counts = lengths.tolist()
+
+        def cut(table: Tensor) -> list[Tensor]:
+            return [row[:count] for row, count in zip(table.cpu(), counts, strict=True)]
+
+        responses = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
+        return Sampled(responses, {name: cut(table) for name, table in figures.items()})
 
     def _step(self) -> Float[Tensor, "batch vocabulary"]:
         output = self.model(

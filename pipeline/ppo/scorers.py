@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline import distributed
+from pipeline.attention import pack
 from pipeline.config import require
 from pipeline.models import reads_last_token, score_responses, whole_text_scores
 from pipeline.ppo.order import interleave
@@ -104,6 +106,8 @@ def model_scorer(
         reads_last_token(model),
         f"score/{name}: a {model.config.model_type} encoder needs a tokenizer of its own",
     )
+    if isinstance(model, PreTrainedModel):  # an adapter reads as its base does
+        pack(model)
     pad_id = reading.tokenizer.pad_token_id
     return token_scorer(model, pad_id=pad_id, batch_size=batch_size, workers=workers)
 

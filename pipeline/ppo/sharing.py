@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline.attention import attention_of, pack
 from pipeline.config import require
 from pipeline.lora import (
     ADAPTER,
@@ -92,6 +93,7 @@ class SharedBase:
     def __init__(self, folder: Path, *, lora: LoRA, device: Any) -> None:
         self.folder = folder
         self.model = load_causal_lm(folder, quantisation=quantisation(lora)).to(device)
+        pack(self.model)
         with quiet_about_old_names():
             config = adapter_config(lora, self.model, task="CAUSAL_LM")
             self.peft = get_peft_model(self.model, config, adapter_name="policy")
@@ -186,7 +188,9 @@ class AdaptedScorer:
 
         base.add(adapter, source / ADAPTER, moves=moves)
         self.base, self.adapter, self.source = base, adapter, source
-        self.config, self.device = AutoConfig.from_pretrained(source), base.model.device
+        attention = attention_of(base.model.config)
+        self.config = AutoConfig.from_pretrained(source, attn_implementation=attention)
+        self.device = base.model.device
         head = load_file(source / ADAPTER / "adapter_model.safetensors")[HEAD]
         self.score = nn.Linear(head.shape[1], 1, bias=False, device=self.device)
         self.score.load_state_dict({"weight": head})

@@ -29,7 +29,7 @@ from pipeline.ppo.optimiser import Optimiser
 from pipeline.ppo.order import interleave, rows_in_turn
 from pipeline.ppo.passes import Lesson, precision_context
 from pipeline.ppo.rewards import final_scores, token_rewards
-from pipeline.ppo.rollout import generate, stream, uniforms
+from pipeline.ppo.rollout import Sampled, generate, stream, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
 
@@ -96,9 +96,9 @@ class PPOTrainer:
         settings, timings = self.settings, dict[str, float]()
         prompts = [self.prompts[row] for row in self.prompt_rows(number)]
         with _clock(timings, "rollout"):
-            responses = self.sample(prompts, update=number)
+            sampled = self.sample(prompts, update=number)
         with _clock(timings, "score"), placed(f"update {number}"):
-            experience = self.measure(prompts, responses)
+            experience = self.measure(prompts, sampled)
         mask = experience.mask
         check_experience(experience, update=number, precision=settings.precision)
 
@@ -167,7 +167,7 @@ class PPOTrainer:
 
     def sample(
         self, prompts: Sequence[list[int]], *, update: int, name: str = "rollout"
-    ) -> list[list[int]]:
+    ) -> Sampled:
         """Returns one response per prompt; each process generates its share.
 
         Args:
@@ -183,7 +183,7 @@ class PPOTrainer:
             positions=self.settings.max_response_tokens,
         )
         with precision_context(self.settings.precision, self.roles.policy.device):
-            responses = generate(
+            sampled = generate(
                 self.roles.policy,
                 [prompts[row] for row in mine],
                 uniforms=numbers,
@@ -192,16 +192,28 @@ class PPOTrainer:
                 pad_id=self.pad_id,
                 workers=self.settings.workers,
             )
-        return interleave(distributed.gather_objects(responses))
+        parts = distributed.gather_objects(sampled)
+        return Sampled(
+            interleave([part.responses for part in parts]),
+            {name: interleave([part.figures[name] for part in parts]) for name in sampled.figures},
+        )
 
-    def measure(self, prompts: list[list[int]], responses: list[list[int]]) -> Experience:
-        """Returns the rows with log-probabilities, values and scores of all roles."""
+    def measure(self, prompts: list[list[int]], sampled: Sampled) -> Experience:
+        """Returns the rows with log-probabilities, values and scores of all roles.
+
+        In fp32 the policy's own are those of sampling; in bf16 a pass over whole rows rounds
+        otherwise than steps through a cache do, and one trunk is read for the values anyway.
+        """
+        responses = sampled.responses
+        keeps = self.settings.precision == "fp32" and not self.roles.one_trunk
+        known = sampled.figures if keeps else {}
         share = slice(distributed.rank(), None, distributed.world_size())
         with precision_context(self.settings.precision, self.roles.policy.device):
             measured = measure(
                 self.roles,
                 prompts[share],
                 responses[share],
+                known={name: figures[share] for name, figures in known.items()},
                 temperature=self.settings.temperature,
                 pad_id=self.pad_id,
                 batch_size=self.settings.microbatch_size,

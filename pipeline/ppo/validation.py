@@ -60,9 +60,10 @@ class Validation:
             judged: whether the guard judges this look.
         """
         trainer = self.trainer
-        responses = trainer.sample(self.prompts, update=0, name="validation")
+        sampled = trainer.sample(self.prompts, update=0, name="validation")
+        responses = sampled.responses
         with placed(f"validation after update {update}"):
-            experience = trainer.measure(self.prompts, responses)
+            experience = trainer.measure(self.prompts, sampled)
         texts = [decode_response(self.tokenizer, response) for response in responses]
         counts = bigrams(texts)
         metrics = {

@@ -59,7 +59,7 @@ def sample_replies(
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
     )
-    found = dict(zip(mine, replies, strict=True))
+    found = dict(zip(mine, replies.responses, strict=True))
     for part in gather_objects(found):
         found.update(part)
     return chosen, [found[row] for row in range(num_samples)]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedConfig
 
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
@@ -65,7 +66,7 @@ class Table(torch.nn.Module):
         shape = (CONTEXT, VOCABULARY, VOCABULARY, outputs)
         self.numbers = torch.nn.Parameter(torch.randn(shape, generator=generator))
         self.device = torch.device("cpu")
-        self.config = SimpleNamespace(reward_mean=0.5, reward_std=2.0, hidden_size=outputs)
+        self.config = PreTrainedConfig(reward_mean=0.5, reward_std=2.0, hidden_size=outputs)
         self.score = torch.nn.Identity()
 
     def get_output_embeddings(self) -> torch.nn.Module:

@@ -88,7 +88,7 @@ def test_responses_to_one_prompt_stand_in_adjacent_rows_and_differ():
     assert all(len(set(rows[start : start + 3])) == 1 for start in range(0, 12, 3))
     assert len(set(rows)) == 4
     assert not set(rows) & set(ppo.prompt_rows(1))
-    responses = ppo.sample([PROMPTS[row] for row in rows], update=0)
+    responses = ppo.sample([PROMPTS[row] for row in rows], update=0).responses
     assert any(responses[0] != other for other in responses[1:3])
 
 

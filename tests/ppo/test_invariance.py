@@ -13,6 +13,7 @@ import torch
 from pipeline import models
 from pipeline.ppo import experience, optimiser, passes, scorers
 from pipeline.ppo import trainer as module
+from pipeline.ppo.rollout import Sampled
 from pipeline.sequences import Batch, collate
 from tests.ppo.company import Company
 from tests.ppo.worlds import trainer, weights
@@ -28,7 +29,7 @@ def recorded() -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of the first update, lengths and endings of all kinds among them."""
     ppo = trainer(double=True)
     prompts = [ppo.prompts[row] for row in ppo.prompt_rows(0)]
-    return prompts, ppo.sample(prompts, update=0)
+    return prompts, ppo.sample(prompts, update=0).responses
 
 
 def prepared(*, double: bool, order=range(12), **changes):
@@ -37,7 +38,7 @@ def prepared(*, double: bool, order=range(12), **changes):
     prompts, responses = recorded()
     ppo.prompts = [prompts[row] for row in order]
     ppo.prompt_rows = lambda number: list(range(len(prompts)))
-    ppo.sample = lambda *_, **__: [responses[row] for row in order]
+    ppo.sample = lambda *_, **__: Sampled([responses[row] for row in order])
     return ppo
 
 
@@ -72,6 +73,28 @@ def test_microbatches(size, double):
 
 
 @both_precisions
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_packed_rows(size, workers, double):
+    ppo = prepared(double=double, packed=True, microbatch_size=size, workers=workers)
+    assert ppo.roles.packed
+    ppo.update(0)
+    same(weights(ppo), double=double)
+
+
+@both_precisions
+@pytest.mark.parametrize("packed", [False, True])
+def test_log_probabilities_kept_from_sampling(packed, double):
+    options = {"double": double, "packed": packed, "temperature": 0.8}
+    kept, anew = trainer(**options), trainer(**options)
+    sample = anew.sample
+    anew.sample = lambda *args, **kwargs: Sampled(sample(*args, **kwargs).responses)
+    for ppo in (kept, anew):
+        ppo.update(0)
+    assert_close(weights(kept), weights(anew), tolerance=TOLERANCE[double])
+
+
+@both_precisions
 @pytest.mark.parametrize("size", [1, 5, 12])
 def test_the_batches_in_which_a_rollout_is_measured(size, double, monkeypatch):
     measure = module.measure
@@ -81,16 +104,16 @@ def test_the_batches_in_which_a_rollout_is_measured(size, double, monkeypatch):
     same(updated(double=double), double=double)
 
 
-def padded(prompts, responses, *, pad_id, left, right):
+def padded(prompts, responses, *, pad_id, packed, left, right):
     """`collate` with more columns; positions count real tokens only, junk where there is none."""
-    batch = collate(prompts, responses, pad_id=pad_id)
+    batch = collate(prompts, responses, pad_id=pad_id, packed=packed)
     fill = {"input_ids": 4, "position_ids": 0}
     return Batch(
         **{
             name: torch.nn.functional.pad(
                 getattr(batch, name), (left, right), value=fill.get(name, False)
             )
-            for name in Batch.__dataclass_fields__
+            for name in ("input_ids", "attention_mask", "position_ids", "response_mask")
         }
     )
 

@@ -41,6 +41,10 @@ def plain_loop(model, prompt, uniform):
 
 
 def run(model, prompts, rows, **options):
+    return sampled(model, prompts, rows, **options).responses
+
+
+def sampled(model, prompts, rows, **options):
     return generate(model, prompts, uniforms=numbers(rows), eos_id=EOS, pad_id=PAD, **options)
 
 
@@ -52,6 +56,18 @@ def test_same_tokens_as_a_plain_loop(model, prompts):
     assert fast == slow
     assert {len(response) for response in fast} & set(range(1, BUDGET))
     assert any(len(response) == BUDGET and response[-1] != EOS for response in fast)
+
+
+@torch.no_grad()
+def test_what_the_policy_said_of_each_token_is_what_a_whole_forward_says(model, prompts):
+    found = sampled(model, prompts, list(range(len(prompts))), temperature=0.7, batch_size=4)
+    for row, (prompt, response) in enumerate(zip(prompts, found.responses, strict=True)):
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        logprobs = (logits / 0.7).log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
+        assert_close(found.figures["logprobs"][row], chosen, tolerance=1e-9)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        assert_close(found.figures["entropy"][row], entropy, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
@@ -97,20 +113,24 @@ def test_inverse_cdf_by_hand():
     # probabilities 0.2, 0.5, 0.3: boundaries at 0.2, 0.7, 1
     logits = torch.tensor([[0.2, 0.5, 0.3]]).double().log().repeat(5, 1)
     uniform = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.999]).double()
-    assert sample_tokens(logits, uniform, temperature=1.0).tolist() == [0, 0, 1, 1, 2]
+    tokens, logprobs, entropy = sample_tokens(logits, uniform, temperature=1.0)
+    assert tokens.tolist() == [0, 0, 1, 1, 2]
+    assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3]), tolerance=1e-7)
+    # -(0.2 ln 0.2 + 0.5 ln 0.5 + 0.3 ln 0.3) = 0.3219 + 0.3466 + 0.3612
+    assert_close(entropy, torch.full([5], 1.0296530140645737), tolerance=1e-7)
 
 
 def test_tokens_of_probability_zero_are_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
     for number in (0.0, 0.5, np.nextafter(1.0, 0.0)):
-        drawn = sample_tokens(logits, torch.tensor([number]).double(), temperature=1.0)
+        drawn, *_ = sample_tokens(logits, torch.tensor([number]).double(), temperature=1.0)
         assert drawn.tolist() == [1]
 
 
 def test_temperature_divides_the_logits():
     logits = torch.tensor([[1.0, 2.0, 0.5]]).double().repeat(20_000, 1)
     uniform = uniforms(0, update=0, rows=[0], positions=20_000)[0]
-    drawn = sample_tokens(logits, uniform, temperature=2.0)
+    drawn, *_ = sample_tokens(logits, uniform, temperature=2.0)
     shares = torch.bincount(drawn, minlength=3).double() / len(drawn)
     assert_close(shares, (logits[0] / 2.0).softmax(-1), tolerance=0.01)
 

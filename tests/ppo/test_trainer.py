@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.ppo.rollout import Sampled
 from pipeline.ppo.settings import KL, Optimisation, Reward
 from tests.ppo.worlds import PROMPTS, trainer, weights
 
@@ -156,7 +157,7 @@ def test_an_infinite_gradient_stops_the_stage():
 
 def test_an_empty_response_stops_the_stage():
     ppo = trainer()
-    experience = ppo.measure(PROMPTS[:2], [[3, 1], [4, 1]])
+    experience = ppo.measure(PROMPTS[:2], Sampled([[3, 1], [4, 1]]))
     ppo.measure = lambda *_: dataclasses.replace(experience, responses=[[3, 1], []])
     with pytest.raises(UserError, match=r"empty responses in rows \[1\]"):
         ppo.update(0)

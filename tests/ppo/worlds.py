@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model_state_dict
+from transformers import PreTrainedConfig
 
+from pipeline.attention import pack
 from pipeline.lora import ADAPTER, LoRA, merged, with_adapter, write_adapter
 from pipeline.ppo.experience import Experience, Roles, length_mask
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
@@ -41,7 +43,7 @@ class TokenCounter(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.device = torch.device("cpu")
-        self.config = SimpleNamespace(reward_mean=0.0, reward_std=0.1)
+        self.config = PreTrainedConfig(reward_mean=0.0, reward_std=0.1)
         self.score = torch.nn.Identity()
 
     def base_model(self, *, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
@@ -56,7 +58,7 @@ class LengthCounter(torch.nn.Module):
     def __init__(self, per_token: float) -> None:
         super().__init__()
         self.device, self.per_token = torch.device("cpu"), per_token
-        self.config = SimpleNamespace(reward_mean=0.0, reward_std=1.0)
+        self.config = PreTrainedConfig(reward_mean=0.0, reward_std=1.0)
         self.score = torch.nn.Identity()
 
     def base_model(self, *, attention_mask: torch.Tensor, **_: Any) -> SimpleNamespace:
@@ -94,9 +96,13 @@ def trainer(
     reward_model: Any = None,
     text: torch.Tensor | None = None,
     sharing: str = "separate",
+    packed: bool = False,
     **changes: Any,
 ) -> PPOTrainer:
-    """A trainer of tiny models; the policy starts as a copy of the reference."""
+    """A trainer of tiny models; the policy starts as a copy of the reference.
+
+    Models of their own read padded rows unless `packed`; those on one base always packed ones.
+    """
     chosen = settings(**changes)
     if sharing == "lora":
         roles = roles_on_one_base(double=double)
@@ -104,6 +110,9 @@ def trainer(
         reference, reward = tiny_llama(), tiny_reward_model()
         if double:
             reference, reward = reference.double(), reward.double()
+        if packed:
+            assert pack(reference)
+            assert pack(reward)
         policy = copy.deepcopy(reference)
         value = TrunkValue(policy) if sharing == "trunk" else copy.deepcopy(reward)
         value = value if chosen.advantage.needs_value_model else None

@@ -1,0 +1,137 @@
+"""Attention over rows that stand end to end in one, so that nothing is padding.
+
+Transformers takes attention functions by name: a model that is set to `PACKED` works as before, and
+where it is told the lengths of rows (`pipeline.sequences.Batch`) each row reads itself alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED = "packed_rows"
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Names under which configs say that layers do not read all that stands before a token."""
+TOLERANCE = 1e-3
+"""Largest difference, as a share of the largest state, that is put down to rounding."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch head time width"],
+    key: Float[Tensor, "batch kv_head seen width"],
+    value: Float[Tensor, "batch kv_head seen width"],
+    attention_mask: Tensor | None,
+    *,
+    row_lengths: Sequence[int] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch time head width"], None]:
+    """Returns the causal attention of each row to itself, or without lengths what SDPA returns.
+
+    Args:
+        module: the attention layer.
+        query: of all rows, end to end in a batch of one; keys and values likewise.
+        key: one head for each or for several of the query's.
+        value: the same.
+        attention_mask: not read where lengths are given.
+        row_lengths: tokens of each row.
+        scaling: what products of queries and keys are multiplied by.
+        dropout: probability of dropping one of the weights.
+        options: of SDPA.
+    """
+    if row_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    groups = query.shape[1] // key.shape[1]
+    parts = (
+        part.split(list(row_lengths), dim=2)
+        for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    )
+    rows = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def packed_inputs(
+    input_ids: Int[Tensor, "1 time"],
+    position_ids: Int[Tensor, "1 time"],
+    row_lengths: Sequence[int],
+) -> dict[str, Any]:
+    """Returns what a model set to `PACKED` is given to read rows that stand end to end.
+
+    The mask of four axes keeps Transformers from making one of its own.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": mask,
+        "row_lengths": tuple(row_lengths),
+    }
+
+
+def pack(model: PreTrainedModel) -> bool:
+    """Returns whether a model reads rows end to end, once it is set to do so if it can.
+
+    It can where its layers take their attention by name, read all that stands before a token and
+    nothing else, and on trial read two rows so as they read each alone. On other devices than
+    processors rows stay apart: there kernels of their own do this.
+    """
+    before = attention_of(model.config)
+    windows = [getattr(model.config, name, None) for name in WINDOWS]
+    if model.device.type != "cpu" or before != "sdpa" or any(windows):
+        return before == PACKED
+    if not model.is_backend_compatible():
+        return False
+    model.set_attn_implementation(PACKED)
+    if is_packed(model) and _reads_rows_apart(model):
+        return True
+    model.set_attn_implementation(before)
+    return False
+
+
+def is_packed(model: Any) -> bool:
+    """Returns whether `pack` has set a model, or a role that reads through one, to packed rows."""
+    return attention_of(model.config) == PACKED
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """Returns the name of the attention that a model of this config uses."""
+    return str(config._attn_implementation)  # noqa: SLF001 - transformers has no other name for it
+
+
+@torch.no_grad()
+def _reads_rows_apart(model: PreTrainedModel) -> bool:
+    ids = torch.arange(12)[None] % model.config.vocab_size
+    lengths = (5, 7)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    inputs = packed_inputs(ids, positions, lengths)
+    together = model.base_model(**inputs, use_cache=False).last_hidden_state
+    alone = torch.cat(
+        [
+            model.base_model(input_ids=row, use_cache=False).last_hidden_state
+            for row in ids.split(lengths, dim=1)
+        ],
+        dim=1,
+    )
+    return bool((together - alone).abs().max() <= TOLERANCE * alone.abs().max())
