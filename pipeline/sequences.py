@@ -1,14 +1,18 @@
 """Prompts and responses as tensors: right-padded batches and the policy's log-probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention import packed_inputs
+
+PIECE_TOKENS = 512
+"""Tokens whose distributions exist at a time: 100 MB for a vocabulary of 50,000."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,59 @@ def pad_tokens(
     )
 
 
+def token_logprobs(
+    model: Any,
+    states: Float[Tensor, "token width"],
+    tokens: Int[Tensor, " token"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, " token"]:
+    """Returns log pi of each token after its state."""
+
+    def figures(states: Tensor, tokens: Tensor) -> tuple[Tensor]:
+        logprobs = next_logprobs(model, states, temperature=temperature)
+        return (logprobs.gather(1, tokens[:, None])[:, 0],)
+
+    return _in_pieces(figures, states, tokens)[0]
+
+
+def token_logprobs_and_entropy(
+    model: Any,
+    states: Float[Tensor, "token width"],
+    tokens: Int[Tensor, " token"],
+    *,
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
+    """Returns log pi of each token after its state, and -sum p log p there, in nats."""
+
+    def figures(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = next_logprobs(model, states, temperature=temperature)
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        return chosen, -(logprobs.exp() * logprobs).sum(dim=-1)
+
+    chosen, entropy = _in_pieces(figures, states, tokens)
+    return chosen, entropy
+
+
+def _in_pieces(
+    figures: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    states: Float[Tensor, "token width"],
+    tokens: Int[Tensor, " token"],
+) -> list[Float[Tensor, " token"]]:
+    """Returns figures of all tokens without the distributions of all of them at once.
+
+    They come piece by piece, and so do their gradients, for which each piece is computed again:
+    what is held does not grow with the number of tokens times the vocabulary.
+    """
+    if len(states) <= PIECE_TOKENS:
+        return list(figures(states, tokens))
+    parts = [
+        checkpoint(figures, *piece, use_reentrant=False, preserve_rng_state=False)
+        for piece in zip(states.split(PIECE_TOKENS), tokens.split(PIECE_TOKENS), strict=True)
+    ]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
 def next_logprobs(
     model: Any,
     states: Float[Tensor, "token width"],
@@ -144,13 +201,6 @@ def next_logprobs(
     return next_logits(model, states, temperature=temperature).log_softmax(dim=-1)
 
 
-def chosen_logprobs(
-    logprobs: Float[Tensor, "token vocabulary"], batch: Batch
-) -> Float[Tensor, "token"]:
-    """Returns the log-probability of each response token that was written."""
-    return logprobs.gather(1, batch.input_ids[batch.response_mask][:, None])[:, 0]
-
-
-def token_entropy(logprobs: Float[Tensor, "token vocabulary"]) -> Float[Tensor, "token"]:
-    """Returns -sum p log p of each token's distribution, in nats."""
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+def response_tokens(batch: Batch) -> Int[Tensor, " token"]:
+    """Returns the response tokens, in the order of `response_states`."""
+    return batch.input_ids[batch.response_mask]

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.attention import PACKED, attention_of, is_packed, pack
-from pipeline.sequences import chosen_logprobs, collate, next_logprobs, response_states
+from pipeline.sequences import collate, response_states, response_tokens, token_logprobs
 from tests.support import assert_close, tiny_llama
 
 SIZES = {
@@ -43,7 +43,7 @@ def built(kind: str, options: dict) -> torch.nn.Module:
 
 def gradients_of(model, *, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     batch = collate(PROMPTS, RESPONSES, pad_id=0, packed=packed)
-    logprobs = chosen_logprobs(next_logprobs(model, response_states(model, batch)), batch)
+    logprobs = token_logprobs(model, response_states(model, batch), response_tokens(batch))
     model.zero_grad()
     (logprobs * torch.arange(1, len(logprobs) + 1)).sum().backward()
     found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]

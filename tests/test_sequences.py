@@ -1,15 +1,19 @@
 """Batches of prompt + response, and log-probabilities of response tokens."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from pipeline import sequences
 from pipeline.sequences import (
-    chosen_logprobs,
     collate,
     next_logits,
-    next_logprobs,
     pad_tokens,
     response_states,
-    token_entropy,
+    response_tokens,
+    token_logprobs,
+    token_logprobs_and_entropy,
 )
 from tests.support import assert_close, tiny_llama
 
@@ -31,8 +35,9 @@ def test_logprobs_are_those_of_each_row_alone():
     model = tiny_llama().double()
     batch = collate(PROMPTS, RESPONSES, pad_id=0)
     with torch.no_grad():
-        logprobs = next_logprobs(model, response_states(model, batch), temperature=0.7)
-        chosen = pad_tokens(chosen_logprobs(logprobs, batch), batch.response_mask)
+        states, tokens = response_states(model, batch), response_tokens(batch)
+        logprobs = token_logprobs(model, states, tokens, temperature=0.7)
+        chosen = pad_tokens(logprobs, batch.response_mask)
         for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
             logits = model(torch.tensor([prompt + response])).logits[0] / 0.7
             for offset, token in enumerate(response):
@@ -44,8 +49,28 @@ def test_logprobs_are_those_of_each_row_alone():
 
 def test_entropy_by_hand():
     # (1/2, 1/2): ln 2 = 0.69315; (1/4, 3/4): ln(4)/4 + 3/4 ln(4/3) = 0.56234
-    logprobs = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).double().log()
-    assert_close(token_entropy(logprobs), [0.6931471805599453, 0.5623351446188083])
+    logits = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).double().log()
+    model = SimpleNamespace(get_output_embeddings=torch.nn.Identity)
+    chosen, entropy = token_logprobs_and_entropy(model, logits, torch.tensor([0, 1]))
+    assert_close(chosen.exp(), [0.5, 0.75])
+    assert_close(entropy, [0.6931471805599453, 0.5623351446188083])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_pieces_of_tokens_change_neither_figures_nor_gradients(size, monkeypatch):
+    def computed():
+        model = tiny_llama().double()
+        batch = collate(PROMPTS, RESPONSES, pad_id=0)
+        states, tokens = response_states(model, batch), response_tokens(batch)
+        chosen, entropy = token_logprobs_and_entropy(model, states, tokens, temperature=0.7)
+        assert_close(token_logprobs(model, states, tokens, temperature=0.7), chosen)
+        (chosen.square().sum() + entropy.sum()).backward()
+        gradients = [p.grad.flatten() for p in model.parameters()]
+        return torch.cat([chosen.detach(), entropy.detach(), *gradients])
+
+    whole = computed()
+    monkeypatch.setattr(sequences, "PIECE_TOKENS", size)
+    assert_close(computed(), whole, tolerance=1e-12)
 
 
 def test_more_padding_changes_nothing():

@@ -5,13 +5,21 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.attention import is_packed
 from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import full_kl
-from pipeline.sequences import Batch, chosen_logprobs, collate, next_logits, response_states
+from pipeline.sequences import (
+    Batch,
+    collate,
+    next_logprobs,
+    response_states,
+    response_tokens,
+    token_logprobs,
+)
 
 TokenIds = Sequence[Sequence[int]]
 
@@ -36,9 +44,9 @@ class Reading:
 
 
 def divergence(
-    policy: nn.Module,
+    policy: PreTrainedModel,
     *,
-    reference: nn.Module,
+    reference: PreTrainedModel,
     prompts: TokenIds,
     responses: TokenIds,
     reading: Reading,
@@ -55,28 +63,30 @@ def divergence(
     packed = is_packed(policy) and is_packed(reference)
 
     def apart(batch: Batch) -> tuple[Tensor, Tensor]:
-        ours, theirs = (_logprobs(model, batch) for model in (policy, reference))
-        k1 = chosen_logprobs(ours, batch) - chosen_logprobs(theirs, batch)
-        return full_kl(ours, theirs), k1
+        tokens = response_tokens(batch)[:, None]
+        ours, theirs = (
+            next_logprobs(model, _states(model, batch)).cpu() for model in (policy, reference)
+        )
+        return full_kl(ours, theirs), (ours - theirs).gather(1, tokens)[:, 0]
 
     kl, k1 = _summed(apart, prompts, responses, reading=reading, packed=packed)
     return Divergence(kl=kl, k1=k1)
 
 
 def negative_log_likelihood(
-    model: nn.Module, *, prompts: TokenIds, responses: TokenIds, reading: Reading
+    model: PreTrainedModel, *, prompts: TokenIds, responses: TokenIds, reading: Reading
 ) -> Float[Tensor, " row"]:
     """Returns -log P(response | prompt) in nats, EOS included where the response ended."""
 
     def surprise(batch: Batch) -> tuple[Tensor]:
-        return (-chosen_logprobs(_logprobs(model, batch), batch),)
+        tokens = response_tokens(batch).to(model.device)
+        return (-token_logprobs(model, _states(model, batch), tokens).cpu(),)
 
     return _summed(surprise, prompts, responses, reading=reading, packed=is_packed(model))[0]
 
 
-def _logprobs(model: nn.Module, batch: Batch) -> Float[Tensor, "token vocabulary"]:
-    on_device = batch.to(next(model.parameters()).device)
-    return next_logits(model, response_states(model, on_device)).cpu().log_softmax(-1)
+def _states(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "token width"]:
+    return response_states(model, batch.to(model.device))
 
 
 def _summed(

@@ -14,12 +14,12 @@ from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import k1
 from pipeline.sequences import (
     Batch,
-    chosen_logprobs,
     collate,
-    next_logprobs,
     pad_tokens,
     response_states,
-    token_entropy,
+    response_tokens,
+    token_logprobs,
+    token_logprobs_and_entropy,
     wide,
 )
 
@@ -175,17 +175,18 @@ def _passes(roles: Roles, *, temperature: float) -> list[Callable[[Batch], dict[
 
     def policy(batch: Batch) -> dict[str, Tensor]:
         states = response_states(roles.policy, batch)
-        logprobs = next_logprobs(roles.policy, states, temperature=temperature)
-        chosen = chosen_logprobs(logprobs, batch)
-        figures = {"logprobs": chosen, "entropy": token_entropy(logprobs)}
+        chosen, entropy = token_logprobs_and_entropy(
+            roles.policy, states, response_tokens(batch), temperature=temperature
+        )
+        figures = {"logprobs": chosen, "entropy": entropy}
         if roles.one_trunk:
             figures["values"] = state_values(roles.value, states)
         return figures
 
     def reference(batch: Batch) -> dict[str, Tensor]:
-        states = response_states(roles.reference, batch)
-        logprobs = next_logprobs(roles.reference, states, temperature=temperature)
-        return {"ref_logprobs": chosen_logprobs(logprobs, batch)}
+        states, tokens = response_states(roles.reference, batch), response_tokens(batch)
+        chosen = token_logprobs(roles.reference, states, tokens, temperature=temperature)
+        return {"ref_logprobs": chosen}
 
     def critic(batch: Batch) -> dict[str, Tensor]:
         return {"values": state_values(roles.value, response_states(roles.value, batch))}

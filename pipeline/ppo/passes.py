@@ -17,12 +17,12 @@ from pipeline.ppo.metrics import named_sums
 from pipeline.ppo.settings import Settings
 from pipeline.sequences import (
     Batch,
-    chosen_logprobs,
     collate,
-    next_logprobs,
     pad_tokens,
     response_states,
-    token_entropy,
+    response_tokens,
+    token_logprobs,
+    token_logprobs_and_entropy,
 )
 
 
@@ -122,14 +122,14 @@ class Crew:
 
     def backward(self, jobs: Sequence[Job]) -> list[dict[str, float]]:
         """Returns the sums of the passes after adding their gradients to those of the roles."""
-        work = list(zip(self.workers, divided(jobs, shares=len(self.workers)), strict=True))
-        sums = [
-            part
-            for share in side_by_side(
-                lambda mine: [mine[0].backward(job) for job in mine[1]], work, workers=len(work)
-            )
-            for part in share
+        shares = divided(jobs, shares=len(self.workers))
+        work = [
+            (worker, share) for worker, share in zip(self.workers, shares, strict=True) if share
         ]
+        found = side_by_side(
+            lambda mine: [mine[0].backward(job) for job in mine[1]], work, workers=len(work)
+        )
+        sums = [part for share in found for part in share]
         for worker in self.workers[1:]:
             pairs = zip(self.workers[0].parameters(), worker.parameters(), strict=True)
             for ours, theirs in pairs:
@@ -229,11 +229,8 @@ class Worker:
         self, states: Float[Tensor, "token width"], micro: Microbatch, *, num_tokens: int
     ) -> dict[str, Loss]:
         rates, estimator = self.settings.optimisation, self.settings.kl.in_loss
-        with self._precision():
-            logprobs = next_logprobs(
-                self.roles.policy, states, temperature=self.settings.temperature
-            )
-        chosen = pad_tokens(chosen_logprobs(logprobs, micro.batch), micro.mask)
+        logprobs, entropy = self._figures(states, micro)
+        chosen = pad_tokens(logprobs, micro.mask)
         losses = {
             "policy": policy_loss(
                 chosen,
@@ -255,10 +252,21 @@ class Worker:
                 estimator=estimator,
                 num_tokens=num_tokens,
             )
-        if rates.entropy_coef > 0:
-            entropy = pad_tokens(token_entropy(logprobs), micro.mask)
+        if entropy is not None:
+            entropy = pad_tokens(entropy, micro.mask)
             losses["entropy"] = entropy_loss(entropy, micro.mask, num_tokens=num_tokens)
         return losses
+
+    def _figures(
+        self, states: Float[Tensor, "token width"], micro: Microbatch
+    ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"] | None]:
+        """Returns log-probabilities of the response tokens, and entropies where they are paid."""
+        policy, tokens = self.roles.policy, response_tokens(micro.batch)
+        temperature = self.settings.temperature
+        with self._precision():
+            if self.settings.optimisation.entropy_coef > 0:
+                return token_logprobs_and_entropy(policy, states, tokens, temperature=temperature)
+            return token_logprobs(policy, states, tokens, temperature=temperature), None
 
     def _text(self, ids: Int[Tensor, "row time"], job: Job) -> dict[str, Loss]:
         with torch.set_grad_enabled("policy" in job.moving), self._precision():

@@ -1,0 +1,81 @@
+"""Memory and time of a policy's log-probabilities and entropies by vocabulary and tokens.
+
+Forward and backward through a head of width 64, all tokens at once and in pieces; every figure is a
+process of its own, and what its libraries, head and states took before is taken off.
+
+Run     python -m benchmarks.vocabulary          prints the table of docs/performance.md
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+VOCABULARIES = (8192, 131072)
+TOKENS = (512, 2048)
+WIDTH = 64
+
+
+def measure(vocabulary: int, num_tokens: int, piece: int) -> dict[str, float]:
+    """Returns seconds of one forward and backward pass, and megabytes added to this process."""
+    import torch
+
+    from pipeline import sequences
+
+    class Head(torch.nn.Module):
+        """A model that is nothing but its head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(WIDTH, vocabulary, bias=False)
+            self.head.weight.grad = torch.zeros_like(self.head.weight)
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            """Returns the head."""
+            return self.head
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model, states = Head(), torch.randn(num_tokens, WIDTH, requires_grad=True)
+    tokens = torch.randint(vocabulary, (num_tokens,))
+    sequences.PIECE_TOKENS = piece
+    before, start = _peak(), time.perf_counter()
+    logprobs, entropy = sequences.token_logprobs_and_entropy(model, states, tokens)
+    (logprobs.mean() + 0.01 * entropy.mean()).backward()
+    return {"seconds": time.perf_counter() - start, "megabytes": _peak() - before}
+
+
+def _peak() -> float:
+    """Peak resident memory of this process in megabytes; Linux counts it in kilobytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _child(*words: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.vocabulary", *map(str, words)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Prints one row a vocabulary and number of tokens."""
+    from pipeline.sequences import PIECE_TOKENS
+
+    sys.stdout.write("| vocabulary | tokens | at once, MB | in pieces, MB | at once, s |")
+    sys.stdout.write(" in pieces, s |\n|---|---|---|---|---|---|\n")
+    for vocabulary in VOCABULARIES:
+        for num_tokens in TOKENS:
+            whole = _child(vocabulary, num_tokens, num_tokens)
+            parts = _child(vocabulary, num_tokens, PIECE_TOKENS)
+            cells = f"{whole['megabytes']:,.0f} | {parts['megabytes']:,.0f}"
+            times = f"{whole['seconds']:.2f} | {parts['seconds']:.2f}"
+            sys.stdout.write(f"| {vocabulary:,} | {num_tokens:,} | {cells} | {times} |\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        sys.stdout.write(json.dumps(measure(*map(int, sys.argv[1:]))))
