@@ -7,8 +7,6 @@ Run     python -m benchmarks.memory          prints the table of docs/ppo.md
 """
 
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -16,6 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.processes import output_of, peak_mb
+
+MODULE = "benchmarks.memory"
 MODES = ("separate", "trunk", "lora")
 RUNS = 3
 RANK = 16
@@ -102,7 +103,7 @@ def measure(mode: str, folder: Path) -> dict[str, float]:
     import pipeline.ppo.trainer  # noqa: F401 - the libraries are there before memory is counted
 
     torch.set_num_threads(1)
-    before = _peak()
+    before = peak_mb()
     roles = load_roles(mode, folder)
     trainer = update(roles)
     optimiser = trainer.optimiser
@@ -120,13 +121,8 @@ def measure(mode: str, folder: Path) -> dict[str, float]:
             for value in state.values()
         ),
         "libraries": before,
-        "peak": _peak(),
+        "peak": peak_mb(),
     }
-
-
-def _peak() -> float:
-    """Peak resident memory of this process in megabytes; Linux counts it in kilobytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _megabytes(tensors: Iterable[Any]) -> float:
@@ -135,23 +131,18 @@ def _megabytes(tensors: Iterable[Any]) -> float:
     return sum(unique.values()) / 1e6
 
 
-def _child(*words: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.memory", *words]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def main() -> None:
     """Prints one row a mode, the median of all runs."""
     columns = ("weights", "gradients", "optimizer", "libraries", "peak")
     with tempfile.TemporaryDirectory() as folder:
-        _child("parents", folder)
+        output_of(MODULE, "parents", folder)
         copy = (Path(folder) / "sft" / "model.safetensors").stat().st_size / 1e6
         sys.stdout.write(f"one copy of the weights: {copy:.0f} MB; medians of {RUNS} runs\n\n")
         sys.stdout.write(
             f"| roles | {' | '.join(columns)} | copies |\n|---|---|---|---|---|---|---|\n"
         )
         for mode in MODES:
-            runs = [json.loads(_child(mode, folder)) for _ in range(RUNS)]
+            runs = [json.loads(output_of(MODULE, mode, folder)) for _ in range(RUNS)]
             found = {name: median(run[name] for run in runs) for name in columns}
             cells = " | ".join(f"{found[name]:,.0f}" for name in columns)
             sys.stdout.write(f"| {mode} | {cells} | {found['weights'] / copy:.2f} |\n")

@@ -7,10 +7,10 @@ Run     python -m benchmarks.vocabulary          prints the table of docs/perfor
 """
 
 import json
-import resource
-import subprocess
 import sys
 import time
+
+from benchmarks.processes import output_of, peak_mb
 
 VOCABULARIES = (8192, 131072)
 TOKENS = (512, 2048)
@@ -40,22 +40,10 @@ def measure(vocabulary: int, num_tokens: int, piece: int) -> dict[str, float]:
     model, states = Head(), torch.randn(num_tokens, WIDTH, requires_grad=True)
     tokens = torch.randint(vocabulary, (num_tokens,))
     sequences.PIECE_TOKENS = piece
-    before, start = _peak(), time.perf_counter()
+    before, start = peak_mb(), time.perf_counter()
     logprobs, entropy = sequences.token_logprobs_and_entropy(model, states, tokens)
     (logprobs.mean() + 0.01 * entropy.mean()).backward()
-    return {"seconds": time.perf_counter() - start, "megabytes": _peak() - before}
-
-
-def _peak() -> float:
-    """Peak resident memory of this process in megabytes; Linux counts it in kilobytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def _child(*words: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.vocabulary", *map(str, words)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    return {"seconds": time.perf_counter() - start, "megabytes": peak_mb() - before}
 
 
 def main() -> None:
@@ -66,8 +54,10 @@ def main() -> None:
     sys.stdout.write(" in pieces, s |\n|---|---|---|---|---|---|\n")
     for vocabulary in VOCABULARIES:
         for num_tokens in TOKENS:
-            whole = _child(vocabulary, num_tokens, num_tokens)
-            parts = _child(vocabulary, num_tokens, PIECE_TOKENS)
+            whole, parts = (
+                json.loads(output_of("benchmarks.vocabulary", vocabulary, num_tokens, piece))
+                for piece in (num_tokens, PIECE_TOKENS)
+            )
             cells = f"{whole['megabytes']:,.0f} | {parts['megabytes']:,.0f}"
             times = f"{whole['seconds']:.2f} | {parts['seconds']:.2f}"
             sys.stdout.write(f"| {vocabulary:,} | {num_tokens:,} | {cells} | {times} |\n")

@@ -19,9 +19,9 @@ def choose_workers(wanted: int, device: torch.device) -> int:
 
     On other devices than processors it is one: there a pass fills the device.
     """
-    if wanted or device.type != "cpu":
-        return max(wanted, 1)
-    return min(2, torch.get_num_threads())
+    if device.type != "cpu":
+        return 1
+    return wanted or min(2, torch.get_num_threads())
 
 
 def side_by_side(
@@ -30,7 +30,7 @@ def side_by_side(
     """Yields what a job makes of each item, in their order.
 
     The threads of the process are divided among the workers. Gradients are on or off and autocast
-    is set as for the caller; the job must leave weights and their `.grad` alone.
+    is set as for the caller; no job may write what another reads or writes.
 
     Args:
         job: a pass of a model.

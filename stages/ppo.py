@@ -72,7 +72,7 @@ class Config(StageConfig):
     """fp32, bf16 (autocast), or auto: bf16 where the processor computes it natively."""
     workers: int = 0
     """Passes of a process side by side, which share its threads; 0: two on a processor with two
-    threads or more, else one. It changes results by rounding only."""
+    threads or more, else one. On a GPU always one. It changes results by rounding only."""
     kl: KL = field(default_factory=KL)
     """The KL penalty."""
     reward: Reward = field(default_factory=Reward)

@@ -62,4 +62,4 @@ def test_two_passes_where_two_threads_are_and_one_on_other_devices():
         assert choose_workers(3, torch.device("cpu")) == 3
     finally:
         torch.set_num_threads(before)
-    assert choose_workers(0, torch.device("cuda")) == 1
+    assert choose_workers(0, torch.device("cuda")) == choose_workers(2, torch.device("cuda")) == 1

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.processes import output_of
 from benchmarks.versus_trl.table import HEADING, PHASES, lines
 from benchmarks.versus_trl.workload import WORKLOADS, Workload, needed_work, write
 
@@ -73,8 +74,9 @@ def check_agreement(folder: Path, *, peer: Path, threads: int) -> dict[str, floa
     quiet = subprocess.DEVNULL
     words = [peer, "-m", "benchmarks.versus_trl.peer", folder, str(threads), gradients]
     subprocess.run(words, check=True, stderr=quiet)
-    words = [sys.executable, "-m", "benchmarks.versus_trl.agreement", folder, gradients]
-    found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    found: dict[str, float] = json.loads(
+        output_of("benchmarks.versus_trl.agreement", folder, gradients)
+    )
     worst = max(found[name] for name in ("loss", "policy_gradient", "value_gradient"))
     if worst > AGREEMENT:
         sys.exit(f"bench: the two sides do not compute the same: {found}")

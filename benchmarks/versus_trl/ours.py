@@ -1,7 +1,6 @@
 """One side of the comparison: our trainer, one update whenever a line comes in."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from benchmarks.processes import peak_mb
 from pipeline.attention import pack
 from pipeline.models import load_causal_lm, load_reward_model
 from pipeline.parallel import choose_workers
@@ -114,7 +114,7 @@ def measured(trainer: Replaying, number: int) -> dict[str, Any]:
         "training": training,
         "total": total,
         "sampled_tokens": trainer.sampled_tokens,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        "peak_mb": peak_mb(),
     }
 
 

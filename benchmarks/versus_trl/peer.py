@@ -1,14 +1,13 @@
 """The other side: TRL 1.12's PPOTrainer, unmodified, one update whenever a line comes in.
 
-Runs in an environment of its own (trl 1.12.0) and so imports nothing of ours. Its phases are told
-apart by the library functions that begin them: `batch_generation`, the first permutation of rows,
-`log`. With a third argument it instead writes the gradients of one update on one minibatch of all
-rows, and stops.
+Runs in an environment of its own (trl 1.12.0) and so imports nothing of the pipeline. Its phases
+are told apart by the library functions that begin them: `batch_generation`, the first permutation
+of rows, `log`. With a third argument it instead writes the gradients of one update on one minibatch
+of all rows, and stops.
 """
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -26,6 +25,8 @@ from transformers import (
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: TID251 - the peer
+
+from benchmarks.processes import peak_mb
 
 STEPS = 100_000
 
@@ -78,7 +79,7 @@ class Phases(TrainerCallback):
             **self.seconds,
             "total": sum(self.seconds.values()),
             "sampled_tokens": self.sampled_tokens,
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+            "peak_mb": peak_mb(),
         }
         self.answers.write(json.dumps(figures) + "\n")
         self.answers.flush()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.gold import gold_scores
-from pipeline.evaluation.likelihood import Reading, divergence, negative_log_likelihood
+from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from pipeline.evaluation.records import Draw, Judged, Record
 from pipeline.evaluation.sampling import Reply, Sampling, pad_id_of, sample
 from pipeline.ppo.scorers import Scorer
@@ -68,7 +68,7 @@ def judge(
         return []
     sft = _reply(models.sft, models=models, prompts=prompts, sampling=sampling, draw=0)
     ppo = _reply(models.ppo, models=models, prompts=prompts, sampling=sampling, draw=0)
-    reading = Reading(
+    batching = Batching(
         pad_id=pad_id_of(models.tokenizer),
         batch_size=sampling.batch_size,
         workers=sampling.workers,
@@ -78,15 +78,15 @@ def judge(
         reference=models.sft,
         prompts=prompts.tokens,
         responses=[reply.tokens for reply in ppo],
-        reading=reading,
+        batching=batching,
     )
     further = _draws(models, prompts=prompts, sampling=sampling, draws=draws, chosen=draw_rows)
     columns = zip(
         prompts.rows,
         prompts.texts,
         prompts.groups,
-        _judged(models, prompts=prompts, replies=sft, reading=reading),
-        _judged(models, prompts=prompts, replies=ppo, reading=reading),
+        _judged(models, prompts=prompts, replies=sft, batching=batching),
+        _judged(models, prompts=prompts, replies=ppo, batching=batching),
         apart.kl.tolist(),
         apart.k1.tolist(),
         strict=True,
@@ -124,13 +124,13 @@ def _rewards(models: Models, *, prompts: Prompts, replies: Sequence[Reply]) -> l
 
 
 def _judged(
-    models: Models, *, prompts: Prompts, replies: Sequence[Reply], reading: Reading
+    models: Models, *, prompts: Prompts, replies: Sequence[Reply], batching: Batching
 ) -> list[Judged]:
     nll = negative_log_likelihood(
         models.pretrain,
         prompts=prompts.tokens,
         responses=[reply.tokens for reply in replies],
-        reading=reading,
+        batching=batching,
     )
     columns = zip(
         replies,

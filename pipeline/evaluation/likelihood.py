@@ -35,7 +35,7 @@ class Divergence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class Batching:
     """How rows are put together: the id that fills them up, rows of a pass, passes side by side."""
 
     pad_id: int
@@ -49,7 +49,7 @@ def divergence(
     reference: PreTrainedModel,
     prompts: TokenIds,
     responses: TokenIds,
-    reading: Reading,
+    batching: Batching,
 ) -> Divergence:
     """Returns the divergence of the policy from the reference, response by response.
 
@@ -58,7 +58,7 @@ def divergence(
         reference: the model it is held against; same vocabulary.
         prompts: token ids, one list a row.
         responses: token ids, one list a row, EOS included where the response ended.
-        reading: how the rows are put together.
+        batching: how the rows are put together.
     """
     packed = is_packed(policy) and is_packed(reference)
 
@@ -69,12 +69,12 @@ def divergence(
         )
         return full_kl(ours, theirs), (ours - theirs).gather(1, tokens)[:, 0]
 
-    kl, k1 = _summed(apart, prompts, responses, reading=reading, packed=packed)
+    kl, k1 = _summed(apart, prompts, responses, batching=batching, packed=packed)
     return Divergence(kl=kl, k1=k1)
 
 
 def negative_log_likelihood(
-    model: PreTrainedModel, *, prompts: TokenIds, responses: TokenIds, reading: Reading
+    model: PreTrainedModel, *, prompts: TokenIds, responses: TokenIds, batching: Batching
 ) -> Float[Tensor, " row"]:
     """Returns -log P(response | prompt) in nats, EOS included where the response ended."""
 
@@ -82,7 +82,7 @@ def negative_log_likelihood(
         tokens = response_tokens(batch).to(model.device)
         return (-token_logprobs(model, _states(model, batch), tokens).cpu(),)
 
-    return _summed(surprise, prompts, responses, reading=reading, packed=is_packed(model))[0]
+    return _summed(surprise, prompts, responses, batching=batching, packed=is_packed(model))[0]
 
 
 def _states(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "token width"]:
@@ -94,19 +94,19 @@ def _summed(
     prompts: TokenIds,
     responses: TokenIds,
     *,
-    reading: Reading,
+    batching: Batching,
     packed: bool,
 ) -> list[Float[Tensor, " row"]]:
     """Returns figures of response tokens, summed over each row; rows of like length are a batch."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    chosen = by_length(lengths, batch_size=reading.batch_size)
+    chosen = by_length(lengths, batch_size=batching.batch_size)
 
     @torch.inference_mode()
     def sums(rows: list[int]) -> list[Tensor]:
         batch = collate(
             [prompts[row] for row in rows],
             [responses[row] for row in rows],
-            pad_id=reading.pad_id,
+            pad_id=batching.pad_id,
             packed=packed,
         )
         counts = torch.tensor([len(responses[row]) for row in rows])
@@ -115,5 +115,5 @@ def _summed(
         return [zeros.index_add(0, owner, tokens) for tokens in figures(batch)]
 
     order = torch.tensor([row for rows in chosen for row in rows]).argsort()
-    found = side_by_side(sums, chosen, workers=reading.workers)
+    found = side_by_side(sums, chosen, workers=batching.workers)
     return [torch.cat(parts)[order] for parts in zip(*found, strict=True)]

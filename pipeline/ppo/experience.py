@@ -159,7 +159,8 @@ def measure(
         for rows in chosen
     ]
     figures: dict[str, list[Any]] = dict(known or {})
-    for one_pass in _passes(roles, temperature=temperature)[1 if known else 0 :]:
+    assert not (known and roles.one_trunk)  # the policy's pass gives the values too
+    for one_pass in _passes(roles, temperature=temperature, reads_policy=not known):
         found = side_by_side(one_pass, batches, workers=workers)
         for rows, measured in zip(chosen, found, strict=True):
             counts = [len(responses[row]) for row in rows]
@@ -170,7 +171,9 @@ def measure(
     return figures
 
 
-def _passes(roles: Roles, *, temperature: float) -> list[Callable[[Batch], dict[str, Tensor]]]:
+def _passes(
+    roles: Roles, *, temperature: float, reads_policy: bool
+) -> list[Callable[[Batch], dict[str, Tensor]]]:
     """Returns what is to be run over all batches, one after the other."""
 
     def policy(batch: Batch) -> dict[str, Tensor]:
@@ -192,7 +195,7 @@ def _passes(roles: Roles, *, temperature: float) -> list[Callable[[Batch], dict[
         return {"values": state_values(roles.value, response_states(roles.value, batch))}
 
     apart = roles.value is not None and not roles.one_trunk
-    return [policy, reference, *([critic] if apart else [])]
+    return [*([policy] if reads_policy else []), reference, *([critic] if apart else [])]
 
 
 def assemble(

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,14 +110,16 @@ def generate(
         return batch.run(uniforms[rows], temperature=temperature, eos_id=eos_id)
 
     parts = list(side_by_side(continued, batches, workers=workers))
-    places = [(part, index) for part in range(len(batches)) for index in range(len(batches[part]))]
-    order = sorted(places, key=lambda place: batches[place[0]][place[1]])
+    rows = [row for batch in batches for row in batch]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+
+    def in_order(pieces: Iterable[list[Any]]) -> list[Any]:
+        joined = [of_row for piece in pieces for of_row in piece]
+        return [joined[place] for place in order]
+
     return Sampled(
-        [parts[part].responses[index] for part, index in order],
-        {
-            name: [parts[part].figures[name][index] for part, index in order]
-            for name in ("logprobs", "entropy")
-        },
+        in_order(part.responses for part in parts),
+        {name: in_order(part.figures[name] for part in parts) for name in ("logprobs", "entropy")},
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.evaluation.likelihood import Reading, divergence, negative_log_likelihood
+from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from tests.support import assert_close, tiny_llama
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [4, 4, 4, 4]]
@@ -30,7 +30,7 @@ def models():
 def test_divergence_is_the_sum_over_response_tokens_and_vocabulary(models):
     policy, reference = models
     found = divergence(
-        policy, reference=reference, reading=Reading(pad_id=0, batch_size=3), **SETTINGS
+        policy, reference=reference, batching=Batching(pad_id=0, batch_size=3), **SETTINGS
     )
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ours = slow_logprobs(policy, prompt, response)
@@ -43,7 +43,7 @@ def test_divergence_is_the_sum_over_response_tokens_and_vocabulary(models):
 
 def test_a_policy_does_not_diverge_from_itself(models):
     found = divergence(
-        models[0], reference=models[0], reading=Reading(pad_id=0, batch_size=2), **SETTINGS
+        models[0], reference=models[0], batching=Batching(pad_id=0, batch_size=2), **SETTINGS
     )
     assert found.kl.tolist() == [0.0] * 4
     assert found.k1.tolist() == [0.0] * 4
@@ -51,10 +51,10 @@ def test_a_policy_does_not_diverge_from_itself(models):
 
 def test_divergence_is_positive_and_its_batches_do_not_matter(models):
     whole = divergence(
-        models[0], reference=models[1], reading=Reading(pad_id=0, batch_size=4), **SETTINGS
+        models[0], reference=models[1], batching=Batching(pad_id=0, batch_size=4), **SETTINGS
     )
-    reading = Reading(pad_id=0, batch_size=1, workers=2)
-    parts = divergence(models[0], reference=models[1], reading=reading, **SETTINGS)
+    batching = Batching(pad_id=0, batch_size=1, workers=2)
+    parts = divergence(models[0], reference=models[1], batching=batching, **SETTINGS)
     assert (whole.kl > 0).all()
     assert_close(whole.kl, parts.kl, tolerance=1e-4)
     assert_close(whole.k1, parts.k1, tolerance=1e-4)
@@ -62,14 +62,16 @@ def test_divergence_is_positive_and_its_batches_do_not_matter(models):
 
 @torch.no_grad()
 def test_likelihood_counts_the_end_of_sequence(models):
-    found = negative_log_likelihood(models[0], reading=Reading(pad_id=0, batch_size=2), **SETTINGS)
+    found = negative_log_likelihood(
+        models[0], batching=Batching(pad_id=0, batch_size=2), **SETTINGS
+    )
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         table = slow_logprobs(models[0], prompt, response)
         expected = -sum(table[i, token] for i, token in enumerate(response))
         assert_close(found[row], float(expected), tolerance=1e-4)
     # The first response ends with EOS, which is a token like the others and costs nats.
     cut = negative_log_likelihood(
-        models[0], prompts=[PROMPTS[0]], responses=[[11]], reading=Reading(pad_id=0, batch_size=1)
+        models[0], prompts=[PROMPTS[0]], responses=[[11]], batching=Batching(pad_id=0, batch_size=1)
     )
     assert found[0] > cut[0]
 
@@ -78,8 +80,8 @@ def test_the_expected_k1_is_the_divergence(models):
     # Over all one-token replies, weighted by the policy: sum p (log p - log q) = KL.
     policy, reference = models
     every = [[token] for token in range(24)]
-    reading = Reading(pad_id=0, batch_size=24)
-    settings = {"prompts": [[5, 6]] * 24, "responses": every, "reading": reading}
+    batching = Batching(pad_id=0, batch_size=24)
+    settings = {"prompts": [[5, 6]] * 24, "responses": every, "batching": batching}
     found = divergence(policy, reference=reference, **settings)
     chances = (-negative_log_likelihood(policy, **settings)).exp()
     assert_close((chances * found.k1).sum(), found.kl[0], tolerance=1e-4)
