@@ -3,22 +3,29 @@
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TypeVar
 
 from pipeline.config import StageConfig, load
 from pipeline.distributed import is_main
 from pipeline.errors import UpToDate, UserError
+from pipeline.stopping import STOPPED, Stopped, Terminated
 
 C = TypeVar("C", bound=StageConfig)
 
 USER_MISTAKE = 2
 """Exit code of everything the user can mend."""
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C where nothing was to be saved, or after a second one."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM where nothing was to be saved."""
 
 GRACE_SECONDS = 5.0
 """How long another process waits before it says what the main one has probably said."""
@@ -39,12 +46,18 @@ def command(
     *,
     stage: str,
 ) -> int:
-    """Returns the exit code of a stage's command line: 0, or 2 for a mistake the user can mend."""
+    """Returns the exit code of a stage's command line.
+
+    0: done. 2: a mistake the user can mend. 75: asked to stop, and saved; the same command goes on.
+    130 and 143: Ctrl-C or SIGTERM where nothing was to be saved.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "filelock", "datasets", "transformers", "absl", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a file's milliseconds
     log = logging.getLogger(f"stages.{stage}")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         run(load(config_class, argv, stage=stage))
     except UpToDate as outcome:
@@ -57,12 +70,19 @@ def command(
             raise
         _say(log.error, f"{stage}: {error.filename or 'disk'}: {DISK_TROUBLE[error.errno]}")
         return USER_MISTAKE
-    except KeyboardInterrupt:
+    except Stopped as outcome:
+        _say(log.warning, f"{stage}: {outcome}")
+        return STOPPED
+    except KeyboardInterrupt as interruption:
         _say(
             log.error, f"{stage}: interrupted; the same command goes on from the last resume point"
         )
-        return INTERRUPTED
+        return TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
     return 0
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _say(write: Callable[[str], None], line: str) -> None:

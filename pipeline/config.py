@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 
-CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides")
+CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides", "saving")
 """Fields that say where and how a stage runs; they do not change what it makes."""
 
 
@@ -33,6 +33,8 @@ class StageConfig:
     """Processes that were launched; the stage refuses to run when another number is connected."""
     force: bool = False
     """Rebuild a finished folder even when it was made with other command-line settings."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time; slower on GPUs, where it matters."""
     tracking: str = "wandb"
     """Experiment tracker beside metrics.jsonl: wandb (offline without a key) or none."""
     overrides: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import require
 from pipeline.storage import read_json, write_json
+from pipeline.streams import stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +123,7 @@ def with_adapter(model: "PreTrainedModel", lora: LoRA, *, task: str, seed: int) 
 
     if not lora.rank:
         return model
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "adapter"))
     with quiet_about_old_names():
         return get_peft_model(model, adapter_config(lora, model, task=task))
 

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.sequences import collate, wide
+from pipeline.streams import stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -50,7 +51,7 @@ def build_causal_lm(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "initialisation"))
     try:
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except (ValueError, KeyError) as error:
@@ -158,7 +159,7 @@ def load_with_new_head(
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the head that is reported missing is meant to be new
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "head"))
     try:
         model = _load(
             AutoModelForSequenceClassification,

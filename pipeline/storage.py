@@ -1,18 +1,64 @@
 """Files on disk: JSON written atomically, digests, and what a folder holds."""
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 
 UNDIGESTED = ("manifest.json", "README.md", "timings.jsonl", "point.json")
 """Files that may differ between two runs of the same content, and the records of digests."""
+TORCH_WRITER = "inline_container.cc"
+"""Source file that torch's writer names when it fails; it does not tell the system's error."""
 CHECKPOINTS = "checkpoints"
 """Folder of resume points; the artifact's digest does not cover them."""
+
+
+@contextlib.contextmanager
+def telling_disk_trouble(folder: Path) -> Iterator[None]:
+    """Turns the errors of libraries that failed to write into the disk's own.
+
+    Raises:
+        OSError: torch or safetensors could not write; the error number is the system's, where the
+            library tells it, else that of a full disk.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told is None and TORCH_WRITER not in str(error):
+            raise
+        number = int(told[1]) if told else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def require_space(folder: Path, needed: int, *, what: str) -> None:
+    """Checks that a disk has room before work begins that will need it.
+
+    Args:
+        folder: where the files will lie.
+        needed: bytes.
+        what: what they are for.
+
+    Raises:
+        UserError: there is less room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. Free "
+            "some space, or choose another folder with RUN="
+        )
 
 
 def read_json(path: Path) -> Any:

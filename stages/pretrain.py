@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.architecture import Architecture
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
-from pipeline.config import StageConfig, require
+from pipeline.config import require
 from pipeline.corpus import Corpus, read_corpus, stack
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.origin import Origin, load_origin_tokenizer, locate
+from pipeline.saving import TrainingConfig
 from pipeline.spacing import evenly_spaced
 from pipeline.training import Training, row_order, trainer_arguments
 
@@ -33,7 +34,7 @@ DROPOUTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageConfig):
+class Config(TrainingConfig):
     """Settings of the pretrain stage."""
 
     architecture: Architecture = field(default_factory=Architecture)
@@ -222,7 +223,7 @@ def train_and_validate(
         trainer,
         run,
         validate=lambda: validate(config.eval_rows),
-        eval_every=config.training.eval_every,
+        training=config.training,
         tokens_per_step=float(config.training.minibatch_size * config.sequence_length),
     )
     final = validate(len(validation.rows))

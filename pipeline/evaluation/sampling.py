@@ -14,6 +14,7 @@ from pipeline.evaluation.prompt_files import Prompt
 from pipeline.models import load_causal_lm
 from pipeline.ppo.rollout import generate, uniforms
 from pipeline.progress import progress
+from pipeline.streams import stream
 from pipeline.tokenizer import decode_response, encode_prompt
 
 
@@ -61,7 +62,10 @@ def sample(
     """
     eos_id = int(tokenizer.eos_token_id)
     numbers = uniforms(
-        sampling.seed, update=draw, rows=list(rows), positions=sampling.max_response_tokens
+        stream(sampling.seed, "evaluate"),
+        update=draw,
+        rows=list(rows),
+        positions=sampling.max_response_tokens,
     )
     with torch.inference_mode():
         sampled = generate(

@@ -30,6 +30,7 @@ from pipeline.lora import (
 )
 from pipeline.models import load_causal_lm
 from pipeline.ppo.experience import Roles
+from pipeline.streams import stream
 
 HEAD = "base_model.model.score.weight"
 """Name of a classifier's head in the file of its adapter."""
@@ -260,7 +261,7 @@ def share_base(
         f"roles: lora needs {reward / ADAPTER}. Set lora.rank in the recipe's reward.yaml and run "
         "make reward again, or set roles to separate",
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "adapter"))
     base = SharedBase(sft, lora=lora, device=device)
     value = AdaptedScorer(base, adapter="value", source=reward, moves=True) if critic else None
     return Roles(

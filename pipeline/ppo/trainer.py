@@ -29,9 +29,10 @@ from pipeline.ppo.optimiser import Optimiser
 from pipeline.ppo.order import interleave, rows_in_turn
 from pipeline.ppo.passes import Lesson, precision_context
 from pipeline.ppo.rewards import final_scores, token_rewards
-from pipeline.ppo.rollout import Sampled, generate, stream, uniforms
+from pipeline.ppo.rollout import Sampled, generate, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
+from pipeline.streams import stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -264,6 +265,12 @@ class PPOTrainer:
         self.optimiser.load_state(state)
         self.kl.coef = state["kl"]["coef"]
         self.baseline.value = state["baseline"]
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of the weights that change: what a resume point holds beside moments."""
+        models = self._moved().values()
+        return sum(p.numel() * p.element_size() for m in models for p in m.parameters())
 
     def _moved(self) -> dict[str, Any]:
         """Returns the roles whose weights change from update to update."""

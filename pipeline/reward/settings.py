@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from pipeline.config import StageConfig, require
+from pipeline.config import require
 from pipeline.lora import LoRA
+from pipeline.saving import TrainingConfig
 from pipeline.training import Training
 
 
@@ -23,7 +24,7 @@ class Normalisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(StageConfig):
+class RewardConfig(TrainingConfig):
     """Settings of a stage that trains a reward model.
 
     A training row is a ranking, and a pair is a ranking of two.
