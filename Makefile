@@ -5,6 +5,7 @@ RUN = runs/$(RECIPE)##       folder of the run; one subfolder per stage
 ARGS =##                     settings for the stages named on the command line, as in --kl.coef=0.1
 FORCE =##                    1 rebuilds the stages named on the command line (with 'all': all)
 NPROC = 1##                  processes of a stage
+DEADLINE =##                 time at which the stages must have ended, in seconds since 1970
 ACCELERATE_CONFIG =##        accelerate's YAML for GPUs and clusters, as in configs/accelerate/ddp.yaml
 SEEDS = 1 2 3##              seeds of 'make seeds'
 MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
@@ -57,8 +58,12 @@ parents_ppo := data sft reward
 parents_evaluate := data pretrain sft reward ppo
 parents_report := data tokenizer pretrain sft reward ppo evaluate
 
+# Stages that save on their way, and stop before DEADLINE.
+trained := pretrain sft reward reward_guard ppo
+
 # Arguments of a stage: every process gets the same.
 settings = --recipe=$(RECIPE) --run=$(RUN) \
+	$(if $(DEADLINE),$(if $(filter $1,$(trained)),--saving.deadline=$(DEADLINE))) \
 	$(if $(filter $1,$(named)),$(if $(force),--force=true) $(ARGS))
 
 # One process is plain Python; several on processors go through torchrun's launcher; GPUs and
@@ -68,7 +73,7 @@ processes := $(if $(filter 1,$(NPROC)),$(shell sed -n 's/^num_processes: *//p' $
 launch = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE_CONFIG) \
 	--num_processes $(processes) -m stages.$1 --num_processes=$(processes)
 else ifneq ($(NPROC),1)
-launch = ACCELERATE_USE_CPU=1 $(PYTHON) -m pipeline.launch $(NPROC) stages.$1 --num_processes=$(NPROC)
+launch = env ACCELERATE_USE_CPU=1 $(PYTHON) -m pipeline.launch $(NPROC) stages.$1 --num_processes=$(NPROC)
 else
 launch = $(PYTHON) -m stages.$1
 endif

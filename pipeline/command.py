@@ -91,5 +91,6 @@ def _say(write: Callable[[str], None], line: str) -> None:
     When all processes stop for the same reason, the launcher ends the others within the grace.
     """
     if not is_main():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_SECONDS)
     write(line)

@@ -35,8 +35,8 @@ class Due(NamedTuple):
 class Pace:
     """Watches the clock and the signals while a stage takes its steps.
 
-    SIGTERM and SIGINT only ask: the step ends, the stage saves and stops. A second SIGINT, or the
-    end of the grace, stops at once; what was saved before stays.
+    SIGTERM, SIGINT and SIGHUP only ask: the step ends, the stage saves and stops. A second SIGINT,
+    or the end of the grace, stops at once; what was saved before stays.
 
     Attributes:
         asked_by: what asked the stage to stop; empty when nothing has.
@@ -97,11 +97,9 @@ class Pace:
 def keep_pace(saving: Saving, *, stage: str) -> Iterator[Pace]:
     """Yields what watches clock and signals while the stage takes its steps."""
     pace = Pace(saving, stage=stage)
-    handlers = {
-        signal.SIGTERM: pace.on_signal,
-        signal.SIGINT: pace.on_signal,
-        signal.SIGALRM: pace.on_alarm,
-    }
+    asking = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    heard = [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {signal.SIGALRM: pace.on_alarm} | dict.fromkeys(heard, pace.on_signal)
     if threading.current_thread() is not threading.main_thread():
         handlers = {}  # signals are the main thread's
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

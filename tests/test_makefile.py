@@ -170,7 +170,7 @@ def test_run_names_the_folder(checkout):
 
 def test_several_processes_go_through_the_launcher(checkout):
     result = make(checkout, "-n", "data", "NPROC=2")
-    assert "ACCELERATE_USE_CPU=1 ./python -m pipeline.launch 2 stages.data" in result.stdout
+    assert "env ACCELERATE_USE_CPU=1 ./python -m pipeline.launch 2 stages.data" in result.stdout
     assert "--num_processes=2" in result.stdout
 
 
@@ -256,3 +256,10 @@ def test_gpu_check_says_plainly_that_there_is_none(checkout):
     pretend(checkout, "nogpu", "exit 1")
     result = make(checkout, "gpu-check", python="PYTHON=bin/nogpu")
     assert result.stdout == "gpu-check: no GPU here, nothing was tested\n"
+
+
+def test_a_deadline_reaches_the_stages_that_save(checkout):
+    make(checkout, "reward_guard", "reward", "DEADLINE=1234")
+    told = [call.split()[0] for call in calls(checkout) if "--saving.deadline=1234" in call]
+    assert len(calls(checkout)) == 6
+    assert len(told) == 4
