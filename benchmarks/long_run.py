@@ -31,7 +31,7 @@ def main() -> None:
         run = f"RUN={folder}"
         make = ["make", "RECIPE=smoke", run, f"PYTHON={sys.executable}", "reward"]
         subprocess.run(make, check=True, capture_output=True)
-        print(table(list(watched(Path(folder), updates)), updates))
+        sys.stdout.write(table(list(watched(Path(folder), updates)), updates) + "\n")
 
 
 def watched(folder: Path, updates: int) -> Iterator[dict[str, float]]:

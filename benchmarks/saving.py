@@ -6,6 +6,7 @@ weights and moments, 0.7 GB.
 Run     python -m benchmarks.saving          prints the table of docs/recovery.md
 """
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,9 +44,12 @@ def main() -> None:
         "a training step, nothing beside it": alone,
         "a training step beside the publication": beside,
     }
-    print("| what | seconds, median | smallest to largest |\n|---|---|---|")
+    lines = ["| what | seconds, median | smallest to largest |", "|---|---|---|"]
     for what, seconds in rows.items():
-        print(f"| {what} | {median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} |")
+        lines.append(
+            f"| {what} | {median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} |"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def stage() -> tuple[Any, Any]:
