@@ -30,6 +30,12 @@ TERMINATED = 128 + signal.SIGTERM
 GRACE_SECONDS = 5.0
 """How long another process waits before it says what the main one has probably said."""
 
+TOLD = {UpToDate: 0, UserError: USER_MISTAKE, Stopped: STOPPED}
+"""Exit codes of what comes with its own words."""
+
+NO_SUCH_ALGORITHM = "does not have a deterministic implementation"
+"""What torch says where `deterministic` asks for what it does not have."""
+
 DISK_TROUBLE = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
@@ -60,25 +66,28 @@ def command(
         signal.signal(signal.SIGTERM, _terminate)
     try:
         run(load(config_class, argv, stage=stage))
-    except UpToDate as outcome:
-        _say(log.info, f"{stage}: {outcome}")
-    except UserError as error:
-        _say(log.error, f"{stage}: {error}")
-        return USER_MISTAKE
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+    except (UpToDate, UserError, OSError, RuntimeError, Stopped, KeyboardInterrupt) as error:
+        code, line = _ending(error)
+        if not line:
             raise
-        _say(log.error, f"{stage}: {error.filename or 'disk'}: {DISK_TROUBLE[error.errno]}")
-        return USER_MISTAKE
-    except Stopped as outcome:
-        _say(log.warning, f"{stage}: {outcome}")
-        return STOPPED
-    except KeyboardInterrupt as interruption:
-        _say(
-            log.error, f"{stage}: interrupted; the same command goes on from the last resume point"
-        )
-        return TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
+        _say(log.error if code else log.info, f"{stage}: {line}")
+        return code
     return 0
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """Returns exit code and line of an error that a user understands; no line for our own bugs."""
+    match error:
+        case UpToDate() | UserError() | Stopped():
+            return TOLD[type(error)], str(error)
+        case OSError() if error.errno in DISK_TROUBLE:
+            return USER_MISTAKE, f"{error.filename or 'disk'}: {DISK_TROUBLE[error.errno]}"
+        case RuntimeError() if NO_SUCH_ALGORITHM in str(error):
+            return USER_MISTAKE, f"{str(error).split('.')[0]}. Set deterministic to false"
+        case KeyboardInterrupt():
+            code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+            return code, "interrupted; the same command goes on from the last resume point"
+    return 1, ""
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
