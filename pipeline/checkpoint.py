@@ -26,10 +26,10 @@ from pipeline.stopping import Stopped
 from pipeline.storage import (
     digest_of,
     files_of,
-    fsync,
     plain,
     read_json,
     require_space,
+    settle,
     sha256_file,
     telling_disk_trouble,
     write_json,
@@ -236,8 +236,7 @@ class StageRun:
             self.points.wait()
             (self.path / "README.md").write_text(card.strip() + "\n", encoding="utf-8")
             content = self._content(chosen)
-            for name in content["files"]:
-                fsync(self.path / name)
+            settle(self.path, content["files"])
             about = circumstances(seconds=self.elapsed_seconds, config=self.config)
             manifest = {"content": content, "circumstances": {**about, "summary": dict(summary)}}
             write_json(self.path / MANIFEST, manifest | {"sha256": _seal(manifest)})
@@ -399,7 +398,3 @@ def _mending_command(path: Path) -> str:
     if path.parent.parent.name == "runs" and (Path("configs") / recipe).is_dir():
         return f"make {path.name} RECIPE={recipe}"
     return f"make {path.name} RUN={path.parent}"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -15,7 +15,15 @@ from typing import Any
 
 from pipeline import distributed
 from pipeline.errors import UserError
-from pipeline.storage import CHECKPOINTS, digest_of, files_of, fsync, read_json, write_json
+from pipeline.storage import (
+    CHECKPOINTS,
+    digest_of,
+    files_of,
+    fsync,
+    read_json,
+    settle,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +100,7 @@ class Points:
                 name: _log_record(self.folder / name, size) for name, size in sizes.items()
             }
             record |= {"format_version": FORMAT_VERSION, "files": files_of(temporary)}
-            for name in record["files"]:
-                fsync(temporary / name)
+            settle(temporary, record["files"])
             write_json(temporary / POINT, record | {"sha256": digest_of(record)})
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)

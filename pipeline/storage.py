@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,13 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def settle(folder: Path, names: Iterable[str]) -> None:
+    """Waits until files of a folder are on the disk, by content and by name."""
+    files = [folder / name for name in names]
+    for path in [*files, *sorted({file.parent for file in files})]:
+        fsync(path)
 
 
 def plain(value: Any) -> Any:

@@ -95,7 +95,7 @@ def test_trouble_while_publishing_is_told_at_the_next_turn_and_loses_nothing(tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "fsync", full)
+        patch.setattr(module, "settle", full)
         points.save(2, write("2"), seconds=2.0)
         with pytest.raises(OSError, match="No space left"):
             points.wait()
