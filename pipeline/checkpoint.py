@@ -314,8 +314,10 @@ def _open(run: StageRun) -> None:
     run.lock.acquire()
     try:
         _check_finished(run)
+        sent = _last_step(run.path / "metrics.jsonl")
         run.earlier_seconds = _prepare(run)
-        run.tracker = open_tracker(run.config, stage=run.stage, digest=run.key)
+        sent = sent if run.latest_point() else 0
+        run.tracker = open_tracker(run.config, stage=run.stage, digest=run.key, sent=sent)
     except BaseException:
         run.lock.release()
         raise
@@ -371,6 +373,13 @@ def _prepare(run: StageRun) -> float:
             os.truncate(folder / name, size)
     log.info("%s: goes on from step %d of %s", run.stage, point["step"], run.path)
     return float(point["elapsed_seconds"])
+
+
+def _last_step(log: Path) -> int:
+    """Returns the step of the last whole row of a log, 0 without any."""
+    lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+    steps = [json.loads(line)["step"] for line in lines[-2:] if line.endswith(b"\n")]
+    return int(steps[-1]) if steps else 0
 
 
 def _withdraw(run: StageRun) -> None:
