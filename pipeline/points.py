@@ -111,8 +111,18 @@ class Points:
             return
         temporary.replace(final)
         fsync(final.parent)
+        self._rotate()
+
+    def _rotate(self) -> None:
+        """Removes all but the newest points; one that is half removed has no point's name."""
         for old in self.found()[: -self.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.replace(old.with_name(f".{old.name}.old")))
+
+    def _tidy(self) -> None:
+        """Removes what a killed process left half written or half removed."""
+        folder = self.folder / CHECKPOINTS
+        for left in folder.glob(".step-*") if folder.is_dir() else ():
+            shutil.rmtree(left)
 
     def close(self) -> None:
         """Ends the thread once it has published what was written."""
@@ -136,11 +146,13 @@ class Points:
         Raises:
             UserError: there are good points of other settings, which are not thrown away unasked.
         """
+        self._tidy()
         for folder in reversed(self.found()):
             reason = fault_of(folder)
             if reason is None:
                 point: dict[str, Any] = read_json(folder / POINT)
                 if point["key"] == self.identity["key"]:
+                    self._rotate()
                     return point
                 reason = self._foreign(folder, point)
             log.warning("%s: resume point %s is not used: %s", self.stage, folder, reason)

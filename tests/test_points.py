@@ -113,6 +113,35 @@ def test_a_killed_publication_leaves_the_point_before(tmp_path):
     assert names(tmp_path) == ["step-1", "step-2"]
 
 
+def test_what_a_killed_process_left_in_pieces_is_removed(tmp_path, monkeypatch):
+    saved(tmp_path, 1, 2, 3, keep=3)
+    folder = tmp_path / "checkpoints"
+
+    class Killed(Exception):
+        """Stands for the end of the process."""
+
+    def half_removed(path):
+        (path / "weights").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", half_removed)
+        with pytest.raises(Killed):
+            points_of(tmp_path, keep=1).newest_good()
+    (folder / ".step-7.tmp").mkdir()
+    points = points_of(tmp_path, keep=2)
+    assert points.newest_good()["step"] == 3
+    assert names(tmp_path) == ["step-2", "step-3"]
+
+
+def test_the_only_good_point_is_never_rotated_away(tmp_path):
+    saved(tmp_path, 1, 2, 3, keep=3)
+    for step in (2, 3):
+        (tmp_path / "checkpoints" / f"step-{step}" / "weights").write_text("", encoding="utf-8")
+    assert points_of(tmp_path, keep=1).newest_good()["step"] == 1
+    assert names(tmp_path) == ["step-1"]
+
+
 def flip_a_bit(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1
