@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import require
+from pipeline.checkpoint import Artifact, foreign_artifact
+from pipeline.config import StageConfig, require
 from pipeline.data.packages import MODELS, unpack
 from pipeline.errors import UserError
 
@@ -53,6 +54,21 @@ def locate(init_from: str) -> Origin:
     file = _packaged(init_from) if init_from.startswith(PACKAGE) else Path(init_from)
     require(file.is_file(), f"init_from: {file} does not exist")
     return Origin(str(file.parent), file.name)
+
+
+def local_origin(init_from: str, *, stage: str) -> dict[str, Path]:
+    """Returns the model to start from by its parent's name, where it lies on this disk.
+
+    The name holds the stage: two stages may start from different models.
+    """
+    path = Path(init_from)
+    return {f"{stage}/init_from": path} if init_from and path.exists() else {}
+
+
+def outside_parents(config: StageConfig, stage: str) -> dict[str, Artifact]:
+    """Returns what a stage starts from outside its run as parents, so that a change is noticed."""
+    found = config.outside(stage)
+    return {name: foreign_artifact(path, kind="model") for name, path in found.items()}
 
 
 def _packaged(init_from: str) -> Path:
