@@ -30,6 +30,7 @@ from pipeline.storage import (
     write_json,
 )
 from pipeline.tracking import Tracker, open_tracker
+from pipeline.versions import refusal
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
             names the command that mends it.
     """
     path = Path(path)
-    mend = _mending_command(path)
+    mend = mending_command(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist. Run: {mend}")
     if not (path / MANIFEST).is_file():
@@ -96,7 +97,8 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
     manifest = read_json(path / MANIFEST)
     content = manifest.get("content", {}) if isinstance(manifest, dict) else {}
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}. Run: {mend} FORCE=1")
+        fault = refusal(manifest, reads=FORMAT_VERSION)
+        raise UserError(f"{path / MANIFEST} {fault}, or run: {mend} FORCE=1")
     if content["kind"] != kind:
         raise UserError(f"{path} is a {content['kind']} folder, but a {kind} folder is needed")
     for name, expected in content["files"].items():
@@ -256,7 +258,10 @@ def begin(
         UserError: the folder was finished with other command-line settings, or two parents do not
             belong together.
     """
+    from pipeline.lineage import check_ancestors  # which opens artifacts itself
+
     _check_lineage(parents)
+    distributed.on_main(lambda: check_ancestors(parents))
     digests = {name: parent.digest for name, parent in parents.items()}
     key = digest_of({"config": config.content(), "parents": digests})
     run = StageRun(config.folder(stage), stage, kind, config, parents, key)
@@ -286,7 +291,7 @@ def _check_lineage(parents: Mapping[str, Artifact]) -> None:
             if name in parents and parents[name].digest != recorded["digest"]:
                 raise UserError(
                     f"{child.path} was made from another {name} than {parents[name].path}. "
-                    f"Run: {_mending_command(child.path)}"
+                    f"Run: {mending_command(child.path)}"
                 )
 
 
@@ -375,7 +380,8 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _mending_command(path: Path) -> str:
+def mending_command(path: Path) -> str:
+    """Returns the command that makes a stage's folder anew."""
     recipe = path.parent.name
     if path.parent.parent.name == "runs" and (Path("configs") / recipe).is_dir():
         return f"make {path.name} RECIPE={recipe}"

