@@ -15,7 +15,7 @@ STAGES := data tokenizer pretrain sft reward ppo evaluate report
 OPTIONAL := reward_guard
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) seeds chat install test check format bench gpu-check help always
+.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench gpu-check help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
@@ -96,6 +96,9 @@ space := $(empty) $(empty)
 seeds: $(venv) ## whole runs with SEEDS in folders of their own, and one table with intervals
 	@$(PYTHON) -m stages.seeds --recipe=$(RECIPE) --run=$(RUN) --num_processes=$(NPROC) \
 		--seeds="[$(subst $(space),$(comma),$(strip $(SEEDS)))]" $(if $(force),--force=true) $(ARGS)
+
+lineage: $(venv) ## verify the run, digest by digest from the data sets on, and say what is stale
+	@$(PYTHON) -m stages.lineage --recipe=$(RECIPE) --run=$(RUN) $(ARGS)
 
 chat: $(venv) ## talk to a model in the terminal
 	@$(PYTHON) -m stages.chat --models $(MODELS) $(ARGS)

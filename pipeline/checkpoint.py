@@ -20,6 +20,13 @@ from pipeline.circumstances import circumstances
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
 from pipeline.lock import Lock
+from pipeline.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    mending_command,
+    read_manifest,
+    sealed,
+)
 from pipeline.points import Points, differences, log_sizes
 from pipeline.saving import saving_of
 from pipeline.stopping import Stopped
@@ -27,7 +34,6 @@ from pipeline.storage import (
     digest_of,
     files_of,
     plain,
-    read_json,
     require_space,
     settle,
     sha256_file,
@@ -38,10 +44,6 @@ from pipeline.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Version 1 had no digest of the manifest itself."""
-MANIFEST = "manifest.json"
 POINT_COPIES = 3
 """Copies of the moved weights in a resume point: themselves and the optimizer's two moments."""
 
@@ -95,19 +97,13 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
             names the command that mends it.
     """
     path = Path(path)
-    mend = _mending_command(path)
+    mend = mending_command(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist. Run: {mend}")
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path} has no {MANIFEST}, so that stage did not finish. Run: {mend}")
-    manifest = read_json(path / MANIFEST)
-    content = manifest.get("content", {}) if isinstance(manifest, dict) else {}
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version not in READABLE:
-        raise UserError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}. Run: {mend} FORCE=1")
-    sealed = version > 1 or "sha256" in manifest
-    if sealed and manifest.get("sha256") != _seal(manifest):
-        raise UserError(f"{path / MANIFEST} was altered. Run: {mend} FORCE=1")
+    manifest = read_manifest(path)
+    content = manifest["content"]
     if content["kind"] != kind:
         raise UserError(f"{path} is a {content['kind']} folder, but a {kind} folder is needed")
     for name, expected in content["files"].items():
@@ -239,7 +235,7 @@ class StageRun:
             settle(self.path, content["files"])
             about = circumstances(seconds=self.elapsed_seconds, config=self.config)
             manifest = {"content": content, "circumstances": {**about, "summary": dict(summary)}}
-            write_json(self.path / MANIFEST, manifest | {"sha256": _seal(manifest)})
+            write_json(self.path / MANIFEST, sealed(manifest))
             shutil.rmtree(_former(self.path), ignore_errors=True)
             log.info("%s: %s -> %s", self.stage, headline, self.path)
         self.finished = True
@@ -273,7 +269,10 @@ def begin(
         UserError: the folder was finished with other command-line settings, or two parents do not
             belong together.
     """
+    from pipeline.lineage import check_ancestors  # which opens artifacts itself
+
     _check_lineage(parents)
+    distributed.on_main(lambda: check_ancestors(parents))
     run = _stage_run(config, stage=stage, kind=kind, parents=parents)
     distributed.on_main(lambda: _open(run))
     try:
@@ -329,7 +328,7 @@ def _check_lineage(parents: Mapping[str, Artifact]) -> None:
             if name in parents and parents[name].digest != recorded["digest"]:
                 raise UserError(
                     f"{child.path} was made from another {name} than {parents[name].path}. "
-                    f"Run: {_mending_command(child.path)}"
+                    f"Run: {mending_command(child.path)}"
                 )
 
 
@@ -338,7 +337,7 @@ def _check_finished(run: StageRun) -> None:
     manifest_path = run.path / MANIFEST
     if run.config.force or not manifest_path.is_file():
         return
-    manifest = read_json(manifest_path)
+    manifest = read_manifest(run.path)
     recorded = {"config": manifest["content"]["config"]}
     recorded["parents"] = {k: v["digest"] for k, v in manifest["content"]["parents"].items()}
     before = tuple(manifest["circumstances"].get("overrides", ()))
@@ -395,15 +394,3 @@ def _former(path: Path) -> Path:
     """Returns where a finished folder waits while it is made again."""
     folder = path.resolve()
     return folder.with_name(f".{folder.name}.former")
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """Returns the digest of a whole manifest, which shows that a byte of it was changed."""
-    return digest_of({name: part for name, part in manifest.items() if name != "sha256"})
-
-
-def _mending_command(path: Path) -> str:
-    recipe = path.parent.name
-    if path.parent.parent.name == "runs" and (Path("configs") / recipe).is_dir():
-        return f"make {path.name} RECIPE={recipe}"
-    return f"make {path.name} RUN={path.parent}"

@@ -1,5 +1,6 @@
 """The command line of a stage: load the configuration, run, tell a user's mistake in one line."""
 
+import argparse
 import errno
 import logging
 import os
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from pipeline.config import StageConfig, load
 from pipeline.distributed import is_main
@@ -43,6 +44,14 @@ DISK_TROUBLE = {
     errno.ENOTDIR: "a file stands where a folder is needed: remove it or choose another RUN=",
     errno.EACCES: "permission denied: make it writable or choose another folder with RUN=",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads the words of a command that has no configuration file; a wrong one is a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with what is wrong, and where the right words are listed."""
+        raise UserError(f"{message}. Try: {self.prog} --help")
 
 
 def command(

@@ -50,9 +50,17 @@ class StageConfig:
         return self.run_dir / stage
 
     def content(self) -> dict[str, Any]:
-        """The settings that decide what the stage makes, as plain JSON values."""
+        """The settings that decide what the stage makes, as plain JSON values.
+
+        Absolute paths are cut to their last name: machines differ in the rest, and what lies there
+        is known by the digests of its files.
+        """
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if key not in CIRCUMSTANCES}
+        return {key: portable(value) for key, value in values.items() if key not in CIRCUMSTANCES}
+
+    def outside(self, stage: str) -> dict[str, Path]:  # noqa: ARG002 - for those that have some
+        """Files and folders of this disk outside the run that the stage reads, by parent's name."""
+        return {}
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: must be at least 0, got {self.seed}")
@@ -67,6 +75,17 @@ class StageConfig:
 
 
 C = TypeVar("C", bound=StageConfig)
+
+
+def portable(value: Any) -> Any:
+    """Returns a setting as every machine would write it: absolute paths by their last name."""
+    if isinstance(value, dict):
+        return {key: portable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(portable, value))
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
 
 
 def require(condition: bool, message: str) -> None:

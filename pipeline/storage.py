@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,35 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value.item()
+
+
+def faults(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns what is wrong with the files of a folder, by name: nothing when all are as recorded.
+
+    Files are read side by side, since hashlib lets other threads work meanwhile.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda item: _fault(folder / item[0], item[1]), recorded.items())
+        return {name: fault for name, fault in zip(recorded, found, strict=True) if fault}
+
+
+def _fault(path: Path, recorded: Mapping[str, Any]) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        same = path.stat().st_size == recorded["size"] and sha256_file(path) == recorded["sha256"]
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if same else "was altered"
+
+
+def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, prefix=f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -18,8 +18,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, NoReturn
+from typing import Any
 
+from pipeline.command import Parser
 from pipeline.config import require
 from pipeline.errors import UserError
 
@@ -150,14 +151,9 @@ def converse(
     write("\n")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. Try: python -m stages.chat --help")
-
-
 def parse(argv: Sequence[str] | None) -> Config:
     """Returns the configuration of a command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m stages.chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

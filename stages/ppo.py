@@ -14,6 +14,7 @@ Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
@@ -33,7 +34,7 @@ from pipeline.ppo.settings import (
     Wanted,
     check_roles,
 )
-from pipeline.ppo.sources import Loader, open_source
+from pipeline.ppo.sources import Loader, open_source, outside_sources
 from pipeline.progress import progress
 from pipeline.saving import Saving, TrainingConfig
 from pipeline.stopping import keep_pace
@@ -158,6 +159,10 @@ class Config(TrainingConfig):
             normalise=self.reward.normalise,
             longest=self.longest,
         )
+
+    def outside(self, stage: str) -> dict[str, Path]:  # noqa: ARG002 - its names hold none
+        """The sources of its reward that are no stages of the run."""
+        return outside_sources(self.reward.used_sources)
 
     def judges(self, update: int) -> bool:
         """Returns whether the guard judges the look after so many updates."""

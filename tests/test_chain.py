@@ -112,6 +112,19 @@ def test_a_second_make_runs_nothing_and_says_so_in_one_line(checkout):
     assert result.stdout == "make: Nothing to be done for 'all'.\n"
 
 
+def test_the_lineage_of_a_finished_run_is_good_wherever_it_lies(checkout, tmp_path):
+    copy = shutil.copytree(checkout / "runs" / "smoke", tmp_path / "copy")
+    for words in ([], [f"RUN={copy}"]):
+        result = make(checkout, "lineage", *words)
+        assert result.returncode == 0, result.stdout
+        assert result.stdout.endswith("MiB: all good\n")
+    (copy / "sft" / "config.json").write_text("{}")
+    result = make(checkout, "lineage", f"RUN={copy}")
+    assert result.returncode == 2  # make's own; the command's was 1
+    assert "altered: config.json was altered" in result.stdout
+    assert planned(checkout) == []
+
+
 def test_a_touched_yaml_reruns_exactly_what_depends_on_it(checkout):
     reward = checkout / "configs" / "smoke" / "reward.yaml"
     before = reward.stat()

@@ -234,11 +234,13 @@ def test_a_python_without_venv_is_told_in_one_line(checkout):
     assert line.startswith("python3 lacks the modules venv and ensurepip. Install them")
 
 
-def test_seeds_and_chat_hand_on_what_they_are_told(checkout):
+def test_seeds_lineage_and_chat_hand_on_what_they_are_told(checkout):
     make(checkout, "seeds", "SEEDS=4 5", "NPROC=2", "ARGS=--parallel=2")
     assert calls(checkout) == [
         "-m stages.seeds --recipe=tiny --run=runs/tiny --num_processes=2 --seeds=[4,5] --parallel=2"
     ]
+    make(checkout, "lineage", "RUN=a/run", "ARGS=--json")
+    assert calls(checkout) == ["-m stages.lineage --recipe=tiny --run=a/run --json"]
     make(checkout, "chat")
     make(checkout, "chat", "MODELS=a b")
     assert calls(checkout) == ["-m stages.chat --models a b"]
@@ -246,7 +248,18 @@ def test_seeds_and_chat_hand_on_what_they_are_told(checkout):
 
 def test_help_names_every_target_and_variable(checkout):
     words = make(checkout, "help").stdout.split()
-    for target in ["all", *STAGES, "seeds", "chat", "test", "check", "format", "help", "gpu-check"]:
+    for target in [
+        "all",
+        *STAGES,
+        "seeds",
+        "lineage",
+        "chat",
+        "test",
+        "check",
+        "format",
+        "help",
+        "gpu-check",
+    ]:
         assert target in words
     for variable in ("RECIPE", "RUN", "ARGS", "FORCE", "NPROC", "SEEDS", "PYTHON", "MODELS"):
         assert variable in words

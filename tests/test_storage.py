@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from pipeline.points import Points
-from pipeline.storage import read_jsonl, telling_disk_trouble
+from pipeline.storage import faults, files_of, flatten, read_jsonl, telling_disk_trouble
 
 
 def test_rows_of_a_missing_file_are_none(tmp_path):
@@ -71,3 +71,22 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save_keeps_the_last_good_point(
         points.save(2, write(400_000), seconds=2.0)
     assert [path.name for path in (tiny_disk / "checkpoints").iterdir()] == ["step-1"]
     assert points.newest_good()["step"] == 1
+
+
+def test_faults_are_named_by_file_whatever_their_number(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number:02d}").write_text(f"file {number}")
+    recorded = files_of(tmp_path)
+    assert faults(tmp_path, recorded) == {}
+    (tmp_path / "07").write_text("File 7")  # of the same size
+    (tmp_path / "21").write_text("file 21 and more")
+    (tmp_path / "33").unlink()
+    assert faults(tmp_path, recorded) == {
+        "07": "was altered",
+        "21": "was altered",
+        "33": "is missing",
+    }
+
+
+def test_nested_names_become_dotted_ones():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}

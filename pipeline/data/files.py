@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import require
+from pipeline.config import portable, require
 from pipeline.data.cleaning import has_marker
 from pipeline.data.formats import Row, check_row, row_texts
 from pipeline.data.sources import Source
@@ -64,7 +64,7 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
     """
     raw = _local_rows(Path(own.path)) if own.path else _hub_rows(own)
     source = Source(
-        origin=own.path or f"hub: {own.hub} {own.hub_config}".strip(),
+        origin=portable(own.path) or f"hub: {own.hub} {own.hub_config}".strip(),
         version="" if own.path else own.revision,
         sha256=file_digest(own),
         licence=own.licence,
@@ -80,7 +80,7 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
         else:
             rows.append(row)
     if not rows:
-        raise UserError(f"{source.origin}: no {row_type} rows in it")
+        raise UserError(f"{own.path or source.origin}: no {row_type} rows in it")
     return rows, source
 
 

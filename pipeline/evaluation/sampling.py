@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.checkpoint import MANIFEST, open_artifact
+from pipeline.checkpoint import open_artifact
 from pipeline.errors import UserError
 from pipeline.evaluation.prompt_files import Prompt
+from pipeline.manifest import MANIFEST
 from pipeline.models import load_causal_lm
 from pipeline.ppo.rollout import generate, uniforms
 from pipeline.progress import progress

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoint import MANIFEST
 from pipeline.evaluation.markdown import table
 from pipeline.evaluation.statistics import CONFIDENCE, Estimate, mean, outcomes, resample
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, Ranges, Target, with_ranges
+from pipeline.manifest import MANIFEST
 from pipeline.storage import read_json
 
 STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report")

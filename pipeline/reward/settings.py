@@ -1,9 +1,11 @@
 """What a stage that trains a reward model can be told."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipeline.config import require
 from pipeline.lora import LoRA
+from pipeline.origin import local_origin
 from pipeline.saving import TrainingConfig
 from pipeline.training import Training
 
@@ -93,3 +95,7 @@ class RewardConfig(TrainingConfig):
         for name in ("min_gap", "report_gap"):
             value = getattr(self, name)
             require(value >= 0, f"{name}: must be at least 0, got {value}")
+
+    def outside(self, stage: str) -> dict[str, Path]:
+        """The model to start from, where it lies on this disk."""
+        return local_origin(self.init_from, stage=stage)

@@ -1,0 +1,63 @@
+"""A finished folder's manifest: how it is sealed, read and refused, and what makes it anew."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.storage import digest_of, read_json
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had no digest of the manifest itself."""
+PARTS = {"stage": str, "kind": str, "config": dict, "parents": dict, "files": dict}
+"""What is read of a manifest's content."""
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a manifest with the digest of all it holds, which shows that a byte was changed."""
+    parts = {name: part for name, part in manifest.items() if name != "sha256"}
+    return {**parts, "sha256": digest_of(parts)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a finished folder, whose files are not looked at.
+
+    Raises:
+        UserError: it is no manifest, was altered, or is of a format that this version does not
+            read; the message names the command that makes the folder anew.
+    """
+    path, mend = folder / MANIFEST, f"{mending_command(folder)} FORCE=1"
+    manifest: Any = read_json(path)
+    content = manifest.get("content") if isinstance(manifest, dict) else None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version not in READABLE:
+        raise UserError(f"{path} {_refusal(manifest, version)}, or run: {mend}")
+    if (version > 1 or "sha256" in manifest) and sealed(manifest) != manifest:
+        raise UserError(f"{path} was altered. Run: {mend}")
+    damaged = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    if damaged or not isinstance(manifest.get("circumstances"), dict):
+        raise UserError(f"{path} is damaged: no {(damaged or ['circumstances'])[0]}. Run: {mend}")
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _refusal(manifest: Any, version: Any) -> str:
+    """Returns what is wrong with a manifest of another format, and what reads it still."""
+    if version is None:
+        return f"is not a manifest: it names no format (this version reads format {READABLE[-1]})"
+    about = manifest.get("circumstances")
+    commit = about.get("git_commit", "unknown") if isinstance(about, dict) else "unknown"
+    return (
+        f"is not of format {READABLE[-1]}, which this version reads, but of {version!r}: "
+        f"read it with the version that wrote it (commit {commit})"
+    )
+
+
+def mending_command(path: Path) -> str:
+    """Returns the command that makes a stage's folder anew."""
+    recipe = path.parent.name
+    if path.parent.parent.name == "runs" and (Path("configs") / recipe).is_dir():
+        return f"make {path.name} RECIPE={recipe}"
+    return f"make {path.name} RUN={path.parent}"
