@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -11,6 +10,8 @@ from typing import TypeVar
 from pipeline.config import StageConfig, load
 from pipeline.distributed import is_main
 from pipeline.errors import UpToDate, UserError
+from pipeline.pretrained import permit
+from pipeline.terminal import start_logging
 
 C = TypeVar("C", bound=StageConfig)
 
@@ -40,13 +41,16 @@ def command(
     stage: str,
 ) -> int:
     """Returns the exit code of a stage's command line: 0, or 2 for a mistake the user can mend."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start_logging(logging.INFO)
     for noisy in ("httpx", "filelock", "datasets", "transformers", "absl", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a file's milliseconds
     log = logging.getLogger(f"stages.{stage}")
     try:
-        run(load(config_class, argv, stage=stage))
+        config = load(config_class, argv, stage=stage)
+        trusted = config.trust_remote_code
+        permit([*trusted, *(str(config.folder(name)) for name in trusted)])
+        run(config)
     except UpToDate as outcome:
         _say(log.info, f"{stage}: {outcome}")
     except UserError as error:

@@ -27,6 +27,7 @@ from pipeline.distributed import barrier, gather_objects, rank, world_size
 from pipeline.errors import UserError
 from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
+from pipeline.restricted import restricted
 from pipeline.training import WORKSPACE
 
 IGNORED = -100
@@ -171,7 +172,9 @@ def fit(
     prefer_fast_attention(trainer.model, bf16=trainer.args.bf16)
     point = run.latest_point()
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(point[1]) if point else None)
+    folder = point[1] if point else None
+    with restricted(folder):
+        trainer.train(resume_from_checkpoint=folder and str(folder))
     seconds = time.monotonic() - started
     barrier()
     if run.is_main:
