@@ -24,6 +24,7 @@ from pipeline.storage import (
     digest_of,
     files_of,
     fsync,
+    inside,
     plain,
     read_json,
     sha256_file,
@@ -100,7 +101,7 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
     if content["kind"] != kind:
         raise UserError(f"{path} is a {content['kind']} folder, but a {kind} folder is needed")
     for name, expected in content["files"].items():
-        file = path / name
+        file = inside(path, name)
         if not file.is_file():
             raise UserError(f"{file} is missing. Run: {mend} FORCE=1")
         if file.stat().st_size != expected["size"] or sha256_file(file) != expected["sha256"]:
@@ -335,7 +336,7 @@ def _prepare(run: StageRun) -> float:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return 0.0
     for name, size in point["logs"].items():
-        if (run.path / name).is_file():
+        if inside(run.path, name).is_file():
             os.truncate(run.path / name, size)
     log.info("%s: goes on from step %d of %s", run.stage, point["step"], run.path)
     return float(point["elapsed_seconds"])

@@ -15,6 +15,25 @@ CHECKPOINTS = "checkpoints"
 """Folder of resume points; the artifact's digest does not cover them."""
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Returns the place of a file by a name that was written down by whoever made the folder.
+
+    Raises:
+        UserError: the name, or a link on the way, leads out of the folder.
+    """
+    path = Path(folder) / name
+    try:
+        leaves = not path.resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a NUL
+        leaves = True
+    if leaves:
+        raise UserError(
+            f"{folder}: the name {name!r} leads out of the folder, so it is not used. Get the "
+            "folder from its maker again, or delete it and make it anew"
+        )
+    return path
+
+
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds; raises UserError when it is not JSON."""
     try:
