@@ -25,7 +25,6 @@ from pipeline.manifest import (
     MANIFEST,
     mending_command,
     read_manifest,
-    sealed,
 )
 from pipeline.points import Points, differences, log_sizes
 from pipeline.saving import saving_of
@@ -33,8 +32,10 @@ from pipeline.stopping import Stopped
 from pipeline.storage import (
     digest_of,
     files_of,
+    inside,
     plain,
     require_space,
+    sealed,
     settle,
     sha256_file,
     telling_disk_trouble,
@@ -107,7 +108,7 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
     if content["kind"] != kind:
         raise UserError(f"{path} is a {content['kind']} folder, but a {kind} folder is needed")
     for name, expected in content["files"].items():
-        file = path / name
+        file = inside(path, name)
         if not file.is_file():
             raise UserError(f"{file} is missing. Run: {mend} FORCE=1")
         if file.stat().st_size != expected["size"] or sha256_file(file) != expected["sha256"]:

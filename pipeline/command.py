@@ -5,7 +5,6 @@ import errno
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,9 @@ from typing import NoReturn, TypeVar
 from pipeline.config import StageConfig, load
 from pipeline.distributed import is_main
 from pipeline.errors import UpToDate, UserError
+from pipeline.pretrained import permit
 from pipeline.stopping import STOPPED, Stopped, Terminated
+from pipeline.terminal import start_logging
 
 C = TypeVar("C", bound=StageConfig)
 
@@ -66,7 +67,7 @@ def command(
     0: done. 2: a mistake the user can mend. 75: asked to stop, and saved; the same command goes on.
     130 and 143: Ctrl-C or SIGTERM where nothing was to be saved.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start_logging(logging.INFO)
     for noisy in ("httpx", "filelock", "datasets", "transformers", "absl", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a file's milliseconds
@@ -74,7 +75,10 @@ def command(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        run(load(config_class, argv, stage=stage))
+        config = load(config_class, argv, stage=stage)
+        trusted = config.trust_remote_code
+        permit([*trusted, *(str(config.folder(name)) for name in trusted)])
+        run(config)
     except (UpToDate, UserError, OSError, RuntimeError, Stopped, KeyboardInterrupt) as error:
         code, line = _ending(error)
         if not line:

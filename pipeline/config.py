@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.secrets import refuse_secrets
 
 CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides", "saving")
 """Fields that say where and how a stage runs; they do not change what it makes."""
@@ -35,6 +36,9 @@ class StageConfig:
     """Rebuild a finished folder even when it was made with other command-line settings."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time; slower on GPUs, where it matters."""
+    trust_remote_code: tuple[str, ...] = ()
+    """Models whose own Python code may run here with your rights, each by the name it is loaded by:
+    hub id, folder, or stage as in [pretrain]; none unless named. Read that code first."""
     tracking: str = "wandb"
     """Experiment tracker beside metrics.jsonl: wandb (offline without a key) or none."""
     overrides: tuple[str, ...] = ()
@@ -103,7 +107,8 @@ def load(config_class: type[C], argv: Sequence[str] | None = None, *, stage: str
         stage: name of the stage; its YAML is configs/<recipe>/<stage>.yaml.
 
     Raises:
-        UserError: unknown key, wrong type, value out of range, or a recipe without that file.
+        UserError: unknown key, wrong type, value out of range, a secret, or a recipe without that
+            file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     path = Path("configs") / _recipe_of(words) / f"{stage}.yaml"
@@ -116,9 +121,12 @@ def load(config_class: type[C], argv: Sequence[str] | None = None, *, stage: str
         values = vars(parser.instantiate(parser.parse_args(words)))
         names = {field.name for field in dataclasses.fields(config_class)}
         settings = {key: value for key, value in values.items() if key in names}
-        return config_class(**settings, overrides=overrides(words))
+        config = config_class(**settings, overrides=overrides(words))
+        typed = {"command line": config.overrides}  # last, so that the setting's name is told
+        refuse_secrets({**dataclasses.asdict(config), "overrides": (), **typed})
     except (UserError, argparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{path} or command line: {_cause(error)}") from error
+    return config
 
 
 def overrides(argv: Sequence[str]) -> tuple[str, ...]:
@@ -157,7 +165,14 @@ def _parser(config_class: type[StageConfig], *, stage: str, path: Path) -> Any:
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Leaves the lines of the stage's docstring as they are."""
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        # A recipe holds values. By default `class_path: a.module.Class` in one would import the
+        # module, and in a field of type Any make the object.
+        import_path_denylist=["*"],
+        import_path_allowlist=["pipeline", "stages"],
+        instantiate_subclass_spec_in_any=False,
+    )
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
         description=(sys.modules[config_class.__module__].__doc__ or "").strip(),

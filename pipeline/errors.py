@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class UpToDate(Exception):  # noqa: N818 - an outcome, not an error
     """The stage's folder already holds exactly what was asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what a library's error says, without the lines that explain it at length."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -23,6 +23,7 @@ from pipeline.checkpoint import StageRun
 from pipeline.distributed import barrier, gather_objects, rank, world_size
 from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
+from pipeline.restricted import restricted
 from pipeline.saving import saving_of
 from pipeline.stopping import keep_pace
 from pipeline.training import WORKSPACE, Training
@@ -64,11 +65,11 @@ def fit(
     """
     run.require_space(_bytes_of(trainer.model, trained=True), _bytes_of(trainer.model))
     prefer_fast_attention(trainer.model, bf16=trainer.args.bf16)
-    point = run.latest_point()
+    done, folder = run.latest_point() or (0, None)
     with keep_pace(saving_of(run.config), stage=run.stage) as pace:
         logs = RunLogs(run, every=training.log_every, tokens_per_step=tokens_per_step)
-        if point:
-            logs.load(point[1])
+        if folder:
+            logs.load(folder)
         _follow_contract(
             trainer,
             [
@@ -80,7 +81,8 @@ def fit(
         )
         started = time.monotonic()
         try:
-            trainer.train(resume_from_checkpoint=str(point[1]) if point else None)
+            with restricted(folder):
+                trainer.train(resume_from_checkpoint=folder and str(folder))
         finally:
             if run.is_main:
                 shutil.rmtree(run.path / WORKSPACE, ignore_errors=True)
@@ -88,8 +90,7 @@ def fit(
     barrier()
     if pace.asked_by:
         run.stop(trainer.state.global_step, pace.asked_by)
-    steps = trainer.state.global_step - (point[0] if point else 0)
-    return steps * tokens_per_step / seconds
+    return (trainer.state.global_step - done) * tokens_per_step / seconds
 
 
 def _follow_contract(trainer: Trainer, callbacks: list[TrainerCallback]) -> None:

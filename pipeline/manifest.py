@@ -1,11 +1,10 @@
 """A finished folder's manifest: how it is sealed, read and refused, and what makes it anew."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.storage import digest_of, read_json
+from pipeline.storage import read_json, sealed
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -13,12 +12,6 @@ READABLE = (1, 2)
 """Version 1 had no digest of the manifest itself."""
 PARTS = {"stage": str, "kind": str, "config": dict, "parents": dict, "files": dict}
 """What is read of a manifest's content."""
-
-
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a manifest with the digest of all it holds, which shows that a byte was changed."""
-    parts = {name: part for name, part in manifest.items() if name != "sha256"}
-    return {**parts, "sha256": digest_of(parts)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -30,7 +23,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path, mend = folder / MANIFEST, f"{mending_command(folder)} FORCE=1"
     manifest: Any = read_json(path)
-    content = manifest.get("content") if isinstance(manifest, dict) else None
+    content: Any = manifest.get("content") if isinstance(manifest, dict) else None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version not in READABLE:
         raise UserError(f"{path} {_refusal(manifest, version)}, or run: {mend}")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pipeline.architecture import Architecture
 from pipeline.attention import is_packed
 from pipeline.config import require
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
+from pipeline.pretrained import from_pretrained
 from pipeline.sequences import collate, wide
 from pipeline.streams import stream
 
@@ -185,11 +186,19 @@ def head_of(model: Any) -> nn.Linear:
 
 def _load(auto_class: Any, path: Path | str, **options: Any) -> "PreTrainedModel":
     try:
-        model = auto_class.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **options
+        model = from_pretrained(
+            auto_class,
+            path,
+            weights=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no model could be loaded from there ({error})") from error
+        raise UserError(
+            f"{path}: no model could be loaded from there ({first_line(error)})"
+        ) from error
     return model.eval()
 
 
@@ -202,9 +211,11 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from there ({error})") from error
+        raise UserError(
+            f"{path}: no tokenizer could be loaded from there ({first_line(error)})"
+        ) from error
     require(tokenizer.chat_template is not None, f"{path}: the tokenizer has no chat template")
     require(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no EOS token")
     require(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pipeline.checkpoint import Artifact, foreign_artifact
 from pipeline.config import StageConfig, require
 from pipeline.data.packages import MODELS, Package, unpack
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
+from pipeline.pretrained import from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +101,9 @@ def load_origin_tokenizer(origin: Origin) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(origin.path, gguf_file=origin.gguf_file)
+        return from_pretrained(
+            AutoTokenizer, origin.path, weights=False, gguf_file=origin.gguf_file
+        )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"init_from: no tokenizer at {origin.path} ({reason})") from error

@@ -17,10 +17,10 @@ from pipeline import distributed
 from pipeline.errors import UserError
 from pipeline.storage import (
     CHECKPOINTS,
-    digest_of,
     files_of,
     fsync,
     read_json,
+    sealed,
     settle,
     write_json,
 )
@@ -101,7 +101,7 @@ class Points:
             }
             record |= {"format_version": FORMAT_VERSION, "files": files_of(temporary)}
             settle(temporary, record["files"])
-            write_json(temporary / POINT, record | {"sha256": digest_of(record)})
+            write_json(temporary / POINT, sealed(record))
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -179,10 +179,8 @@ def fault_of(folder: Path) -> str | None:
     version = point.get("format_version", 1)
     if version not in READABLE:
         return f"its format {version} is unknown here"
-    if version > 1 or "sha256" in point:
-        written = point.pop("sha256", None)
-        if digest_of(point) != written:
-            return f"{POINT} is damaged"
+    if (version > 1 or "sha256" in point) and sealed(point) != point:
+        return f"{POINT} is damaged"
     if files_of(folder) != point["files"]:
         return f"a file is missing, damaged or foreign ({_first_fault(folder, point['files'])})"
     return _fault_of_logs(folder.parent.parent, point)
@@ -191,7 +189,7 @@ def fault_of(folder: Path) -> str | None:
 def _fault_of_logs(stage_folder: Path, point: Mapping[str, Any]) -> str | None:
     """Returns which log is not the one that a point goes on from, or None."""
     for name, size in log_sizes(point).items():
-        path, record = stage_folder / name, point["logs"][name]
+        path, record = stage_folder / name, point["logs"].get(name)
         if _size(path) < size:
             return f"{name} is shorter than it was then"
         digest = record["sha256"] if isinstance(record, dict) else ""
@@ -202,9 +200,10 @@ def _fault_of_logs(stage_folder: Path, point: Mapping[str, Any]) -> str | None:
 
 def log_sizes(point: Mapping[str, Any]) -> dict[str, int]:
     """Returns how many bytes of each log a point knows of."""
+    records = {name: point["logs"].get(name, 0) for name in LOGS}
     return {
         name: record["size"] if isinstance(record, dict) else record
-        for name, record in point["logs"].items()
+        for name, record in records.items()
     }
 
 

@@ -62,6 +62,25 @@ def require_space(folder: Path, needed: int, *, what: str) -> None:
         )
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Returns the place of a file by a name that was written down by whoever made the folder.
+
+    Raises:
+        UserError: the name, or a link on the way, leads out of the folder.
+    """
+    path = Path(folder) / name
+    try:
+        leaves = not path.resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a NUL
+        leaves = True
+    if leaves:
+        raise UserError(
+            f"{folder}: the name {name!r} leads out of the folder, so it is not used. Get the "
+            "folder from its maker again, or delete it and make it anew"
+        )
+    return path
+
+
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds; raises UserError when it is not JSON."""
     try:
@@ -109,6 +128,12 @@ def digest_of(value: Any) -> str:
     """Returns the SHA-256 of a value's canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record with the digest of all it holds, which shows that a byte was changed."""
+    parts = {name: part for name, part in record.items() if name != "sha256"}
+    return {**parts, "sha256": digest_of(parts)}
 
 
 def fsync(path: Path) -> None:

@@ -65,7 +65,8 @@ def open_tracker(config: StageConfig, *, stage: str, digest: str, sent: int = 0)
         id=f"{stage}-{digest[:16]}",
         resume="allow",
         dir=str(folder.parent),
-        settings=wandb.Settings(silent=True, console="off"),
+        # No git: of a remote's address, wandb would write the name, where a token may stand.
+        settings=wandb.Settings(silent=True, console="off", disable_git=True),
     )
     tracker.start()
     tracker.store_init_configuration(config.content())

@@ -19,8 +19,7 @@ from pipeline.lineage import (
     strangers,
     verify,
 )
-from pipeline.manifest import sealed
-from pipeline.storage import write_json
+from pipeline.storage import sealed, write_json
 
 CHAIN = {
     "data": ("dataset", ()),

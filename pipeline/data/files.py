@@ -13,9 +13,11 @@ from pipeline.data.cleaning import has_marker
 from pipeline.data.formats import Row, check_row, row_texts
 from pipeline.data.sources import Source
 from pipeline.data.splits import Split
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+HUB_FORMATS = ("arrow", "csv", "json", "parquet", "text")
+"""Formats of a hub data set that hold text alone, by the names of datasets' builders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class OwnRows:
     path: str = ""
     """Local file: .jsonl (one object per line), .csv (a header line) or .parquet."""
     hub: str = ""
-    """Hub data set read with datasets.load_dataset, such as owner/name."""
+    """Hub data set as datasets.load_dataset names it, such as owner/name."""
     hub_config: str = ""
     """Configuration of the hub data set; its default one when empty."""
     hub_split: str = "train"
@@ -145,17 +147,30 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _hub_rows(own: OwnRows) -> Iterator[tuple[str, Any]]:
     import datasets
+    import yaml
+    from datasets.exceptions import DatasetsError
 
     try:
-        rows = datasets.load_dataset(
-            own.hub, own.hub_config or None, split=own.hub_split, revision=own.revision
+        builder = datasets.load_dataset_builder(
+            own.hub, own.hub_config or None, revision=own.revision
         )
-    except (OSError, ValueError) as error:
-        # Not found, no network, no such configuration or split: all of these two kinds.
-        reason = str(error).splitlines()[0]
+        _check_format(builder.name, own.hub)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=own.hub_split)
+    except (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError) as error:
+        # Not found, no network, no such configuration or split, a loading script, a broken file.
+        reason = first_line(error)
         raise UserError(f"cannot load the hub data set {own.hub} ({reason})") from error
     for number, row in enumerate(rows, start=1):
         yield f"{own.hub} row {number}", row
+
+
+def _check_format(name: str, hub: str) -> None:
+    """Refuses files that are not rows of text: some of their kinds hold pickles."""
+    require(
+        name in HUB_FORMATS,
+        f"the hub data set {hub} is made of {name} files; only {', '.join(HUB_FORMATS)} are read",
+    )
 
 
 def _check_alike(row: Row, first: Row, *, where: str) -> None:

@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.checkpoint import open_artifact
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.evaluation.prompt_files import Prompt
 from pipeline.manifest import MANIFEST
 from pipeline.models import load_causal_lm
 from pipeline.ppo.rollout import generate, uniforms
+from pipeline.pretrained import from_pretrained
 from pipeline.progress import progress
 from pipeline.streams import stream
 from pipeline.tokenizer import decode_response, encode_prompt
@@ -104,9 +105,11 @@ def load_any(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(f"{path} is no folder of a causal language model: it has no config.json")
     model = load_causal_lm(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from there ({error})") from error
+        raise UserError(
+            f"{path}: no tokenizer could be loaded from there ({first_line(error)})"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so replies would never end")
     return model, tokenizer

@@ -32,6 +32,7 @@ from pipeline.ppo.rewards import final_scores, token_rewards
 from pipeline.ppo.rollout import Sampled, generate, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
+from pipeline.restricted import restricted
 from pipeline.streams import stream
 
 if TYPE_CHECKING:
@@ -261,7 +262,8 @@ class PPOTrainer:
             weights = load_file(folder / f"{name}.safetensors")
             for key, parameter in model.named_parameters():
                 parameter.copy_(weights[key])
-        state = torch.load(folder / "state.pt", weights_only=True)
+        with restricted(folder):
+            state = torch.load(folder / "state.pt", weights_only=True)
         self.optimiser.load_state(state)
         self.kl.coef = state["kl"]["coef"]
         self.baseline.value = state["baseline"]

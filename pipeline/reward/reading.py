@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config import require
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
+from pipeline.pretrained import from_pretrained
 from pipeline.tokenizer import (
     Prompt,
     decode_response,
@@ -105,9 +106,11 @@ def load_reading(path: Path | str) -> Reading:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from there ({error})") from error
+        raise UserError(
+            f"{path}: no tokenizer could be loaded from there ({first_line(error)})"
+        ) from error
     require(
         tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id,
         f"{path}: the tokenizer's PAD must be a token of its own, not EOS",

@@ -16,9 +16,8 @@ from pipeline import origin
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.config import load
 from pipeline.data.packages import Package
-from pipeline.manifest import sealed
 from pipeline.origin import outside_parents
-from pipeline.storage import write_json
+from pipeline.storage import sealed, write_json
 from stages.lineage import main
 from tests.test_lineage import CHAIN, flip
 
