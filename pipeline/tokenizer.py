@@ -1,9 +1,11 @@
 """The tokenizer: byte-level BPE training, the chat template, the one text path of all stages."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.cleaning import MARKERS
+from pipeline.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -63,11 +65,29 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> list[int]:
         tokenizer: any tokenizer with a chat template.
         prompt: a user's text, or messages that end with the user's.
     """
-    return list(
-        tokenizer.apply_chat_template(
+    with rendering(tokenizer):
+        ids = tokenizer.apply_chat_template(
             messages_of(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
         )
-    )
+    return list(ids)
+
+
+@contextlib.contextmanager
+def rendering(tokenizer: "Tokenizer") -> Iterator[None]:
+    """Turns what a chat template fails at into one line; Transformers renders it in a sandbox.
+
+    Raises:
+        UserError: the template refuses the conversation, is broken, or reaches for Python.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template fails ({first_line(error)}). Mend "
+            "chat_template.jinja there, or the rows that it refuses"
+        ) from error
 
 
 def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, str]]) -> list[int]:
@@ -86,9 +106,10 @@ def encode_conversation(
     tokenizer: "Tokenizer", messages: Sequence[dict[str, str]]
 ) -> tuple[list[int], list[bool]]:
     """Returns a conversation's token ids, and True for each the assistant writes, EOS included."""
-    encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    with rendering(tokenizer):
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
     return list(encoded["input_ids"]), [bool(value) for value in encoded["assistant_masks"]]
 
 

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.security.secrets import PLANTED, found_in
+
 STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report"]
 TIMEOUT_SECONDS = 600
 
 
 def environment() -> dict[str, str]:
-    """Ours without what an outer make or a tracker's account would change."""
+    """Ours without what an outer make or a tracker's account would change, with secrets in it."""
     dropped = ("MAKE", "MFLAGS", "WANDB_", "RANK", "WORLD_SIZE")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    return inherited | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    return inherited | PLANTED | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 def command(*words: str) -> list[str]:
@@ -67,6 +69,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = make(folder)
     assert result.returncode == 0, result.stderr[-3000:]
     assert closing_lines(result) == STAGES
+    (folder / "runs" / "make.log").write_text(result.stdout + result.stderr)
     return folder
 
 
@@ -76,6 +79,11 @@ def test_every_stage_leaves_a_complete_folder(checkout):
         assert content(checkout, stage)["stage"] == stage
         assert (folder / "README.md").read_text().startswith("# ")
         assert not list(folder.rglob("*.tmp"))
+
+
+def test_no_secret_of_the_environment_is_written(checkout):
+    assert (checkout / "runs" / "make.log").stat().st_size > 0
+    assert not found_in(checkout / "runs")
 
 
 def test_the_page_needs_no_network(checkout):

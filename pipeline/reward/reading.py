@@ -18,6 +18,7 @@ from pipeline.tokenizer import (
     encode_prompt,
     encode_response,
     messages_of,
+    rendering,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class ChatReading:
             reply = self.tokenizer(response, add_special_tokens=False)["input_ids"]
             return Exchange([*before, *reply], len(before))
         conversation = [*messages_of(prompt), {"role": "assistant", "content": response}]
-        ids = self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+        with rendering(self.tokenizer):
+            ids = self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
         start = 0
         while start < min(len(ids), len(before)) and ids[start] == before[start]:
             start += 1

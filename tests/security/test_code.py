@@ -14,9 +14,10 @@ from pipeline.evaluation.sampling import load_any
 from pipeline.models import load_causal_lm, load_classifier, load_origin, load_tokenizer
 from pipeline.origin import load_origin_tokenizer, locate
 from pipeline.reward.reading import load_reading
+from pipeline.tokenizer import encode_conversation, encode_prompt
 from stages import chat, evaluate
-from tests.evaluation.fakes import save_language_model
-from tests.security.plants import plant_code
+from tests.evaluation.fakes import save_language_model, tiny_tokenizer
+from tests.security.plants import change, plant_code
 from tests.support import tiny_reward_model
 
 LOADERS = {
@@ -88,8 +89,6 @@ def test_a_reward_source(tmp_path, folder, mark):
 
 
 def test_a_known_architecture_loads_without_its_code(tmp_path, mark):
-    from tests.security.plants import change
-
     folder = plant_code(save_language_model(tmp_path / "model"), mark)
     change(folder / "config.json", model_type="llama")
     assert type(load_causal_lm(folder)).__name__ == "LlamaForCausalLM"
@@ -102,6 +101,32 @@ def test_code_that_needs_what_is_missing_is_one_line(folder):
     pretrained.permit([str(folder)])
     with pytest.raises(UserError, match="its code needs what is not installed .*no_such_package"):
         load_causal_lm(folder)
+
+
+REACHING = {
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__['__builtins__']['open']('%s', 'w') }}",
+    "functions": "{{ cycler.__init__.__globals__.os.mkdir('%s') }}",
+    "import": "{% import '/etc/hostname' as x %}",
+}
+
+
+@pytest.mark.parametrize("reach", REACHING)
+def test_a_chat_template_reaches_no_python(tmp_path, mark, reach):
+    template = REACHING[reach] % str(mark) if "%s" in REACHING[reach] else REACHING[reach]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    loaded, turns = load_tokenizer(tmp_path), [{"role": "user", "content": "hi"}]
+    refused = pytest.raises(UserError, match="its chat template fails .* Mend chat_template.jinja")
+    for use in (
+        lambda: encode_prompt(loaded, "hi"),
+        lambda: encode_conversation(loaded, turns),
+    ):
+        with refused as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("named", ["pretrain", "other"])
