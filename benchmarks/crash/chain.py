@@ -11,18 +11,19 @@ STAGES = (
     "data", "tokenizer", "pretrain", "sft", "reward", "reward_guard", "ppo", "evaluate", "report",
 )  # fmt: skip
 """All stages in an order in which every one comes after its parents."""
-TRAINING = "--training.steps=24 --training.log_every=2 --training.save_every=4"
+TRAINING = "--training.steps=24 --training.log_every=2 --training.eval_every=6 --saving.every=3"
 ARGUMENTS = {
     "data": "--chats.synthetic_conversations=40",
-    "pretrain": f"{TRAINING} --training.eval_every=6 --dropout=0.1",
-    "sft": f"{TRAINING} --training.eval_every=6",
-    "reward": f"{TRAINING} --training.eval_every=6 --dropout=0.1",
-    "reward_guard": f"{TRAINING} --training.eval_every=6 --dropout=0.1",
-    "ppo": "--updates=10 --save_every=3 --guard.every=1",
+    "pretrain": f"{TRAINING} --dropout=0.1",
+    "sft": TRAINING,
+    "reward": f"{TRAINING} --dropout=0.1",
+    "reward_guard": f"{TRAINING} --dropout=0.1",
+    "ppo": "--updates=10 --saving.every=3 --guard.every=1",
     "evaluate": "--num_prompts=12",
 }
 """Settings beside the smoke recipe's. The data are few, so that every stage passes over them more
-than once; dropout makes the generators' states matter; points lie beside looks at validation."""
+than once; dropout makes the generators' states matter; points lie between rows of metrics and
+between looks at validation."""
 NAME = "chain"
 """Every run has this name, which report writes into its page."""
 

@@ -14,6 +14,8 @@ MANIFEST = "manifest.json"
 CLOCKS = "timings.jsonl"
 """Rows of clocks: only their steps are compared."""
 POINT = "point.json"
+TIMED = ("elapsed_seconds", "sha256")
+"""What a point says of itself that depends on clocks."""
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 """What the readers raise at a damaged file."""
 SHOWN = 60
@@ -103,7 +105,8 @@ def _of_point(found: Path, straight: Path) -> list[str]:
 
 
 def _without_clocks(point: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in point.items() if name != "elapsed_seconds"}
+    """What a point says of itself, less its seconds, the clocks' log, and the digest over them."""
+    kept = {name: value for name, value in point.items() if name not in TIMED}
     return kept | {"logs": {k: v for k, v in point.get("logs", {}).items() if k != CLOCKS}}
 
 

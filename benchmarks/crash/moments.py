@@ -18,7 +18,7 @@ PATTERNS = {
     "any change": ".",
     "a save": r"\.step-\d+\.tmp",
     "a point's rename": r"rename checkpoints/\.step-\d+\.tmp ->",
-    "a point's rotation": r"^\w+ checkpoints/step-",
+    "a point's rotation": r"^\w+ checkpoints/(step-|\.step-\d+\.old)",
     "before the manifest": r"open \.manifest\.json\.tmp",
     "the manifest's rename": MANIFEST,
 }
@@ -26,10 +26,11 @@ PATTERNS = {
 ORDERS = (1, 1, 1, 2, 2, 3)
 """Strikes of a trial in a row, as often as they stand here."""
 SIGNALS = (
-    *[("SIGKILL", False)] * 8, ("SIGKILL", True),
-    ("SIGTERM", False), ("SIGTERM", True), ("SIGINT", False), ("SIGINT", True),
+    *[("SIGKILL", False, 1)] * 8, ("SIGKILL", True, 1),
+    ("SIGTERM", False, 1), ("SIGTERM", True, 1),
+    ("SIGINT", False, 1), ("SIGINT", True, 1), ("SIGINT", False, 2),
 )  # fmt: skip
-"""Signals, and whether the stage's process gets it alone instead of make's whole group."""
+"""Signals, whether the stage's process gets it alone instead of make's group, and how often."""
 ROUNDS = {"data": 1, "tokenizer": 1, "evaluate": 1, "report": 1}
 """Trials of a stage in one round of all stages; others, which have resume points, get four."""
 
@@ -45,6 +46,7 @@ class Strike:
         delay: seconds after that change, or after the session's start.
         signal: name of the signal.
         alone: the stage's process gets it alone; else all of the process group, make included.
+        times: how often it is sent.
     """
 
     moment: str
@@ -53,6 +55,7 @@ class Strike:
     delay: float = 0.0
     signal: str = "SIGKILL"
     alone: bool = False
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,12 @@ def _strikes(life: Life, generator: random.Random) -> Iterator[tuple[Strike, ...
         for order in range(number):
             moment = next(laters if order else firsts)
             instant = strike(moment, life, again=order > 0, generator=generator)
-            name, alone = next(signals)
-            # The clock strikes from outside, where make's group is what is known.
-            row.append(replace(instant, signal=name, alone=alone and bool(instant.pattern)))
+            name, alone, times = next(signals)
+            if (
+                not instant.pattern
+            ):  # the clock strikes once, from outside, where the group is known
+                alone, times = False, 1
+            row.append(replace(instant, signal=name, alone=alone, times=times))
         yield tuple(row)
 
 

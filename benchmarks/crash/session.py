@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.crash.chain import Chain
@@ -59,15 +59,13 @@ def run(chain: Chain, stage: str, strike: Strike | None = None) -> Session:
     """Returns how the stage's `make` line went, struck at an instant or left alone."""
     trace = chain.run.parent / "trace"
     trace.unlink(missing_ok=True)
+    aim = strike or Strike("none", count=0)
     order = {
         "stage": stage,
         "folder": str(chain.folder(stage).resolve()),
         "trace": str(trace.resolve()),
-        "pattern": strike.pattern if strike else "",
-        "count": strike.count if strike else 0,
-        "delay": strike.delay if strike else 0.0,
-        "signal": signal.Signals[strike.signal].value if strike else 0,
-        "alone": strike.alone if strike else False,
+        **asdict(aim),
+        "signal": signal.Signals[aim.signal].value,
     }
     finished = (chain.folder(stage) / "manifest.json").is_file()
     started = time.time()

@@ -54,7 +54,8 @@ def _row(name: str, outcomes: Sequence[Outcome]) -> str:
 
 def _end(kill: Kill) -> str:
     whom = "the stage alone" if kill.strike.alone else "the group"
-    return f"{kill.strike.signal} to {whom}, {kill.ended_by}"
+    twice = " twice" if kill.strike.times > 1 else ""
+    return f"{kill.strike.signal}{twice} to {whom}, {kill.ended_by}"
 
 
 def record(outcome: Outcome) -> dict[str, Any]:

@@ -32,10 +32,9 @@ def write_point(folder: Path, step: int) -> None:
     torch.save(state, point / "optimizer.pt")
     generators = {"cpu": torch.arange(4, dtype=torch.uint8), "numpy": np.arange(3, dtype=np.uint32)}
     torch.save(generators, point / "rng_state.pth")
-    logs = {"metrics.jsonl": 10, "timings.jsonl": 20}
-    (point / "point.json").write_text(
-        json.dumps({"step": step, "elapsed_seconds": 1.5, "logs": logs})
-    )
+    logs = {"metrics.jsonl": {"size": 10}, "timings.jsonl": {"size": 20}}
+    record = {"step": step, "elapsed_seconds": 1.5, "logs": logs, "sha256": "of all this"}
+    (point / "point.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -69,9 +68,18 @@ def test_clocks_and_circumstances_may_differ(found, straight):
     rows = [{"step": row["step"], "seconds": 9.0} for row in ROWS]
     write_rows(found / "timings.jsonl", rows)
     edit_json(found / "manifest.json", circumstances={"host": "there"})
-    logs = {"metrics.jsonl": 10, "timings.jsonl": 21}
-    edit_json(found / "checkpoints" / "step-8" / "point.json", elapsed_seconds=7, logs=logs)
+    logs = {"metrics.jsonl": {"size": 10}, "timings.jsonl": {"size": 21}}
+    changed = {"elapsed_seconds": 7, "logs": logs, "sha256": "of this"}
+    edit_json(found / "checkpoints" / "step-8" / "point.json", **changed)
     assert differences(found, straight) == []
+
+
+def test_what_a_point_says_of_its_logs_is_compared(found, straight):
+    logs = {"metrics.jsonl": {"size": 11}, "timings.jsonl": {"size": 20}}
+    edit_json(found / "checkpoints" / "step-8" / "point.json", logs=logs)
+    assert differences(found, straight) == [
+        "checkpoints/step-8/point.json: logs/metrics.jsonl/size: 11 instead of 10"
+    ]
 
 
 @pytest.mark.parametrize(

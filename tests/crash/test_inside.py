@@ -16,6 +16,7 @@ from pathlib import Path
 
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, lambda *_: sys.exit(76)))
 (folder / "point").mkdir(parents=True)
 (folder / "point" / "a").write_text("a")
 (folder / "point" / "a").read_text()
@@ -43,7 +44,7 @@ def struck(tmp_path):
 
     def run(pattern: str = "", count: int = 1, stage: str = "made_up", **order: object):
         trace = tmp_path / "trace"
-        order = {"delay": 0.0, "signal": signal.SIGKILL, "alone": False} | order
+        order = {"delay": 0.0, "signal": signal.SIGKILL, "alone": False, "times": 1} | order
         order |= {"stage": stage, "folder": str(tmp_path / "folder"), "trace": str(trace)}
         order |= {"pattern": pattern, "count": count}
         ended = subprocess.run(
@@ -82,6 +83,11 @@ def test_a_delay_moves_the_strike_behind_the_change(struck, tmp_path):
 def test_another_signal_can_be_answered(struck):
     code, trace = struck("rmdir step", signal=signal.SIGTERM, alone=True)
     assert (code, trace[-1]) == (75, "struck")
+
+
+@pytest.mark.parametrize(("delay", "times", "expected"), [(0.0, 1, 0), (0.0, 2, 76), (0.05, 2, 76)])
+def test_a_signal_is_sent_as_often_as_it_should(struck, delay, times, expected):
+    assert struck("rmdir step", signal=signal.SIGINT, delay=delay, times=times)[0] == expected
 
 
 def test_a_change_that_never_comes_strikes_nobody(struck):

@@ -25,6 +25,8 @@ CHANGES = {
 """Audit events that change a folder, and their names in a trace; `open` is one when it writes."""
 LAST_ARGUMENT_IS_FOLDER = ("os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 """Events whose last argument is the folder, already open, that the path is relative to."""
+BETWEEN_SECONDS = 0.05
+"""Between two signals of one strike: Python hears of signals sent at once only once."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -36,7 +38,8 @@ class Watch:
         self.trace = os.open(order["trace"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.pattern = re.compile(order["pattern"]) if order["pattern"] else None
         self.left = order["count"]
-        self.delay, self.number, self.alone = order["delay"], order["signal"], order["alone"]
+        self.delay, self.number = order["delay"], order["signal"]
+        self.alone, self.times = order["alone"], order["times"]
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Is told of everything before it happens."""
@@ -75,7 +78,10 @@ class Watch:
     def _strike(self) -> None:
         """Signals this process alone, or its whole group, to which make belongs."""
         self._note("struck")
-        os.kill(os.getpid() if self.alone else 0, self.number)
+        for turn in range(self.times):
+            if turn:
+                time.sleep(BETWEEN_SECONDS)
+            os.kill(os.getpid() if self.alone else 0, self.number)
 
 
 def _writes(mode: str | None, flags: int) -> bool:
