@@ -8,6 +8,8 @@ NPROC = 1##                  processes of a stage
 DEADLINE =##                 time at which the stages must have ended, in seconds since 1970
 ACCELERATE_CONFIG =##        accelerate's YAML for GPUs and clusters, as in configs/accelerate/ddp.yaml
 SEEDS = 1 2 3##              seeds of 'make seeds'
+KILLS = 100##                kills of 'make crash-test'
+SEED = 1##                   seed of the instants at which 'make crash-test' kills
 MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
 PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless another is named
 
@@ -15,7 +17,8 @@ STAGES := data tokenizer pretrain sft reward ppo evaluate report
 OPTIONAL := reward_guard
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench gpu-check help always
+.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench crash-test gpu-check \
+	help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
@@ -141,6 +144,9 @@ bench: $(venv) .venv-trl/installed ## time PPO beside TRL's last PPO trainer, an
 	grep -v '^trl==' constraints.txt > .venv-trl/constraints.txt
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-trl/constraints.txt trl==1.12.0
 	@touch $@
+
+crash-test: $(venv) ## kill STAGES at random instants, run them again, compare every byte
+	@$(PYTHON) -m benchmarks.crash --kills=$(KILLS) --seed=$(SEED) --stages $(STAGES) $(ARGS)
 
 gpu-check: $(venv) ## run the tests that need a GPU
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -246,22 +246,18 @@ def test_seeds_lineage_and_chat_hand_on_what_they_are_told(checkout):
     assert calls(checkout) == ["-m stages.chat --models a b"]
 
 
+def test_the_crash_test_is_told_kills_seed_and_stages(checkout):
+    make(checkout, "crash-test", "KILLS=7", "SEED=3", "STAGES=sft ppo", "ARGS=--trial 2")
+    assert calls(checkout) == ["-m benchmarks.crash --kills=7 --seed=3 --stages sft ppo --trial 2"]
+
+
 def test_help_names_every_target_and_variable(checkout):
     words = make(checkout, "help").stdout.split()
-    for target in [
-        "all",
-        *STAGES,
-        "seeds",
-        "lineage",
-        "chat",
-        "test",
-        "check",
-        "format",
-        "help",
-        "gpu-check",
-    ]:
+    tools = ["seeds", "lineage", "chat", "test", "check", "format", "help", "gpu-check"]
+    for target in ["all", *STAGES, *tools, "crash-test"]:
         assert target in words
-    for variable in ("RECIPE", "RUN", "ARGS", "FORCE", "NPROC", "SEEDS", "PYTHON", "MODELS"):
+    variables = ("RECIPE", "RUN", "ARGS", "FORCE", "NPROC", "SEEDS", "PYTHON", "MODELS", "KILLS")
+    for variable in (*variables, "SEED"):
         assert variable in words
 
 
