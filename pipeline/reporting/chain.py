@@ -12,6 +12,8 @@ HEX = 12
 """Digits of a digest that are shown; --json has all of them."""
 SHOWN = 4
 """Names or settings of a kind that are shown."""
+NAMES = 19
+"""Columns of a parent's name, where none is longer."""
 COLUMNS = "{:<14}{:<12}{:<11}{:<14}{:<18}{:<20}{:>5}"
 
 
@@ -52,10 +54,12 @@ def row_lines(row: Row) -> list[str]:
         made = entry.finished.replace("T", " ")[:16]
         cells = [entry.kind, entry.digest[:HEX], made, entry.git_commit[:18], str(len(entry.files))]
     lines = [COLUMNS.format(row.stage, row.state, *cells).rstrip()]
-    for link in entry.links if entry else ():
+    links = entry.links if entry else ()
+    width = max([NAMES, *(len(link.name) for link in links)])
+    for link in links:
         nothing = "nothing there" if link.is_beside else "outside the run, not known where"
         found = link.found[:HEX] or nothing
-        lines.append(f"  from {link.name:<19} recorded {link.recorded[:HEX]}  found {found}")
+        lines.append(f"  from {link.name:<{width}} recorded {link.recorded[:HEX]}  found {found}")
     for text in remarks(row):
         lines += textwrap.wrap(
             text,
