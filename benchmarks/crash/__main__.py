@@ -115,8 +115,10 @@ def main() -> None:
         found = [conduct(next(plan), straight, options.work / f"trial-{options.trial}")]
         _say(told(found[0]))
     else:
-        found = list(outcomes(plan, straight, kills=options.kills))
-        _write(options, found, minutes=(time.monotonic() - started) / 60)
+        found = []
+        for outcome in outcomes(plan, straight, kills=options.kills):
+            found.append(outcome)
+            _write(options, found, minutes=(time.monotonic() - started) / 60)
     sys.stdout.write("\n".join(lines(found)) + "\n")
     sys.exit(any(outcome.differences for outcome in found))
 

@@ -171,10 +171,8 @@ def _strikes(life: Life, generator: random.Random) -> Iterator[tuple[Strike, ...
             moment = next(laters if order else firsts)
             instant = strike(moment, life, again=order > 0, generator=generator)
             name, alone, times = next(signals)
-            if (
-                not instant.pattern
-            ):  # the clock strikes once, from outside, where the group is known
-                alone, times = False, 1
+            if not instant.pattern:
+                alone, times = False, 1  # from outside, where the group is known
             row.append(replace(instant, signal=name, alone=alone, times=times))
         yield tuple(row)
 
