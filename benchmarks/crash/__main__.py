@@ -72,12 +72,13 @@ def outcomes(
 
 def told(outcome: Outcome) -> str:
     """Returns a trial in one line, and what differs below it."""
-    strikes = ", ".join(
+    strikes = [
         f"{kill.strike.signal} {kill.strike.moment} ({kill.at}) -> {kill.ended_by}"
         for kill in outcome.kills
-    )
+    ]
+    strikes += [f"{outcome.missed}: too late"] if outcome.missed else []
     end = f"{len(outcome.differences)} differences" if outcome.differences else "equal"
-    heading = f"{outcome.trial.stage}: {strikes or 'no strike in time'}: {end}"
+    heading = f"{outcome.trial.stage}: {', '.join(strikes)}: {end}"
     return "\n  ".join([f"{heading}, {outcome.seconds:.1f} s", *outcome.differences])
 
 

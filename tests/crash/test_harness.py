@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.crash import session
-from benchmarks.crash.__main__ import live, outcomes
+from benchmarks.crash.__main__ import live, outcomes, told
 from benchmarks.crash.chain import Chain, needed
 from benchmarks.crash.moments import METRICS, PATTERNS, Strike, Trial
 from benchmarks.crash.table import lines
@@ -60,6 +60,16 @@ def test_a_sound_stage_survives_every_moment_and_signal(checkout):
     assert max(len(trial["kills"]) for trial in found["trials"]) > 1
     assert "| pretrain | " in result.stdout
     assert not list((checkout / "work").glob("trial-*"))
+
+
+def test_a_strike_that_comes_too_late_is_told_and_is_no_kill(checkout):
+    straight = Chain(checkout, checkout / "work" / "straight" / "chain")
+    straight.run.mkdir(parents=True)
+    live(straight, ["pretrain"])
+    late = Strike("a step", METRICS, count=99)
+    outcome = conduct(Trial(1, "pretrain", (late, late)), straight, checkout / "work" / "trial-1")
+    assert (outcome.kills, outcome.differences, outcome.missed) == ((), (), "a step")
+    assert told(outcome).startswith("pretrain: a step: too late: equal, ")
 
 
 def in_a_run(checkout: Path, *strikes: Strike) -> tuple[str, ...]:
