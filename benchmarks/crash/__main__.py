@@ -14,6 +14,7 @@ import itertools
 import json
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Prints the tables and writes every trial to the results; exit code 1 when any differs."""
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its stage too
     shutil.rmtree(options.work, ignore_errors=True)
     straight = Chain(Path.cwd(), options.work / "straight" / NAME)
     straight.run.mkdir(parents=True)
