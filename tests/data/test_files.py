@@ -31,7 +31,7 @@ def test_three_formats_give_the_same_rows(tmp_path):
     rows, source = rows_of(lines)
     assert [(row["prompt"], row["completion"]) for row in rows] == [("p", "c"), ("q", "d")]
     assert rows == rows_of(cells)[0] == rows_of(table)[0]
-    assert source.origin == str(lines)
+    assert source.origin == lines.name
     assert len(source.sha256) == 64
 
 
