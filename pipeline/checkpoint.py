@@ -19,6 +19,7 @@ from pipeline import distributed
 from pipeline.circumstances import circumstances
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
+from pipeline.manifest import check_manifest, parse_point
 from pipeline.storage import (
     CHECKPOINTS,
     digest_of,
@@ -97,6 +98,7 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
     content = manifest.get("content", {}) if isinstance(manifest, dict) else {}
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}. Run: {mend} FORCE=1")
+    check_manifest(manifest, where=path / MANIFEST, mend=f"{mend} FORCE=1")
     if content["kind"] != kind:
         raise UserError(f"{path} is a {content['kind']} folder, but a {kind} folder is needed")
     for name, expected in content["files"].items():
@@ -296,6 +298,7 @@ def _check_finished(run: StageRun) -> None:
     if run.config.force or not manifest_path.is_file():
         return
     manifest = read_json(manifest_path)
+    check_manifest(manifest, where=manifest_path, mend=f"{_mending_command(run.path)} FORCE=1")
     recorded = {"config": manifest["content"]["config"]}
     recorded["parents"] = {k: v["digest"] for k, v in manifest["content"]["parents"].items()}
     before = tuple(manifest["circumstances"].get("overrides", ()))
@@ -334,9 +337,9 @@ def _prepare(run: StageRun) -> float:
         for entry in run.path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return 0.0
-    for name, size in point["logs"].items():
+    for name in LOGS:
         if (run.path / name).is_file():
-            os.truncate(run.path / name, size)
+            os.truncate(run.path / name, point["logs"].get(name, 0))
     log.info("%s: goes on from step %d of %s", run.stage, point["step"], run.path)
     return float(point["elapsed_seconds"])
 
@@ -356,19 +359,25 @@ def _newest_good_point(run: StageRun) -> dict[str, Any] | None:
 def _fault_of(folder: Path, key: str) -> str | None:
     """Returns what is wrong with a resume point, or None."""
     try:
-        point = read_json(folder / "point.json")
+        point = parse_point(folder)
     except (OSError, UserError) as error:
         return str(error)
     if point["key"] != key:
         return "it belongs to another configuration or other parents"
     if files_of(folder) != point["files"]:
         return "a file is missing, damaged or foreign"
+    if any(_size(folder.parent.parent / name) < point["logs"].get(name, 0) for name in LOGS):
+        return "a log has become shorter than it was when the point was saved"
     return None
 
 
 def _points(path: Path) -> list[Path]:
     found = (path / CHECKPOINTS).glob("step-*") if (path / CHECKPOINTS).is_dir() else ()
-    return sorted(found, key=_step_of)
+    return sorted((point for point in found if _is_point(point)), key=_step_of)
+
+
+def _is_point(folder: Path) -> bool:
+    return folder.is_dir() and folder.name.removeprefix("step-").isdecimal()
 
 
 def _step_of(folder: Path) -> int:

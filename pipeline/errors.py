@@ -1,12 +1,54 @@
 """The errors a user can mend."""
 
+import contextlib
+from collections.abc import Iterator
+
+LONGEST = 1000
+"""Signs of a message; a row of a megabyte is not repeated."""
+
 
 class UserError(Exception):
-    """A user's mistake, told in one line: what is wrong, where, and the command that mends it."""
+    """A user's mistake, told in one line: what is wrong, where, and the command that mends it.
+
+    What a file holds may stand in the message, so signs that would steer a terminal are escaped,
+    and the middle of what is too long for a line is left out.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = "".join(map(_shown, " ".join(message.split())))
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 class UpToDate(Exception):  # noqa: N818 - an outcome, not an error
     """The stage's folder already holds exactly what was asked for."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of what an exception says, or its name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def told(message: str) -> Iterator[None]:
+    """Turns whatever a library raises over a bad file into one line: the message and the reason.
+
+    Libraries trust their files: over one that somebody changed they may raise anything, a KeyError
+    deep inside as well as an error of their own, and those in Rust what is no Exception at all.
+
+    Raises:
+        UserError: something was raised, by other hands than ours or the user's.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{message} ({kind}{reason_of(error)})") from error
+
+
+def _shown(sign: str) -> str:
+    return sign if sign.isprintable() else ascii(sign)[1:-1]

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from pipeline.architecture import Architecture
 from pipeline.attention import is_packed
 from pipeline.config import require
-from pipeline.errors import UserError
+from pipeline.errors import UserError, told
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.sequences import collate, wide
+from pipeline.storage import read_json
+from pipeline.tokenizer import encode_prompt
+from pipeline.weights import load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -154,20 +157,15 @@ def load_with_new_head(
     float32, or the body as `pipeline.lora.quantisation` says.
     """
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the head that is reported missing is meant to be new
     torch.manual_seed(seed)
-    try:
-        model = _load(
-            AutoModelForSequenceClassification,
-            path,
-            num_labels=1,
-            quantization_config=quantisation,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    model = _load(
+        AutoModelForSequenceClassification,
+        path,
+        new_head=True,
+        num_labels=1,
+        quantization_config=quantisation,
+    )
     model.config.pad_token_id = pad_id
     model.config.id2label, model.config.label2id = {0: "score"}, {"score": 0}
     with torch.no_grad():
@@ -183,12 +181,14 @@ def head_of(model: Any) -> nn.Linear:
 
 
 def _load(auto_class: Any, path: Path | str, **options: Any) -> "PreTrainedModel":
-    try:
-        model = auto_class.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no model could be loaded from there ({error})") from error
+    model = load_whole(
+        auto_class,
+        path,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        **options,
+    )
     return model.eval()
 
 
@@ -200,17 +200,35 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer
 
-    try:
+    with told(f"{path}: no tokenizer could be loaded from there"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from there ({error})") from error
     require(tokenizer.chat_template is not None, f"{path}: the tokenizer has no chat template")
     require(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no EOS token")
     require(
         tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id,
         f"{path}: the tokenizer's PAD must be a token of its own, not EOS",
     )
+    require(
+        bool(encode_prompt(tokenizer, "hello")),
+        f"{path}: the tokenizer's chat template makes nothing of a prompt",
+    )
+    _check_ids(tokenizer, Path(path) / "config.json")
     return tokenizer
+
+
+def _check_ids(tokenizer: Any, config: Path) -> None:
+    """Raises UserError where a token has no row in the embeddings of the model beside it.
+
+    Without a model there is to be a row per token.
+    """
+    rows = read_json(config).get("vocab_size") if config.is_file() else None
+    rows = rows if isinstance(rows, int) else len(tokenizer)
+    highest = max(tokenizer.get_vocab().values())
+    require(
+        highest < rows,
+        f"{config.parent}: the tokenizer has a token of id {highest}, and a model of it {rows} "
+        "rows of embeddings",
+    )
 
 
 def take_raw_scores(model: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import require
 from pipeline.data.packages import MODELS, unpack
-from pipeline.errors import UserError
+from pipeline.errors import UserError, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,8 +74,5 @@ def load_origin_tokenizer(origin: Origin) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    try:
+    with told(f"init_from: no tokenizer at {origin.path}"):
         return AutoTokenizer.from_pretrained(origin.path, gguf_file=origin.gguf_file)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"init_from: no tokenizer at {origin.path} ({reason})") from error

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.cleaning import MARKERS
+from pipeline.errors import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -25,6 +26,9 @@ CHAT_TEMPLATE = """\
 """`<|role|>content<|end|>` for each message; a reply and its end lie between generation markers."""
 
 Prompt = str | Sequence[dict[str, str]]
+
+REFUSED = "the tokenizer or its chat template cannot read a text of the data"
+"""What is told of a template that fails, or that refuses a role or an order of roles."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> "Tokenizer":
@@ -63,11 +67,12 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> list[int]:
         tokenizer: any tokenizer with a chat template.
         prompt: a user's text, or messages that end with the user's.
     """
-    return list(
-        tokenizer.apply_chat_template(
-            messages_of(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
+    with told(REFUSED):
+        return list(
+            tokenizer.apply_chat_template(
+                messages_of(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
+            )
         )
-    )
 
 
 def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, str]]) -> list[int]:
@@ -78,7 +83,8 @@ def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, s
         response: a text, or the assistant's message in a list of one.
     """
     text = response if isinstance(response, str) else response[0]["content"]
-    ids: list[int] = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+    with told(REFUSED):
+        ids: list[int] = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
 
 
@@ -86,9 +92,10 @@ def encode_conversation(
     tokenizer: "Tokenizer", messages: Sequence[dict[str, str]]
 ) -> tuple[list[int], list[bool]]:
     """Returns a conversation's token ids, and True for each the assistant writes, EOS included."""
-    encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    with told(REFUSED):
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
     return list(encoded["input_ids"]), [bool(value) for value in encoded["assistant_masks"]]
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
+from pipeline.data.tables import stage_rows
 from pipeline.distributed import gather_objects, is_main, rank, setup, world_size
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS
 from pipeline.spacing import evenly_spaced
@@ -146,8 +147,6 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
     Raises:
         UserError: no test prompts, or fewer than asked for.
     """
-    import pyarrow.parquet
-
     from pipeline.evaluation.judge import Prompts
     from pipeline.evaluation.prompt_files import prompt_text
     from pipeline.models import load_tokenizer
@@ -155,7 +154,7 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
 
     path = parents["data"].path / "prompts-test.parquet"
     require(path.is_file(), f"{path} does not exist. Run: make data FORCE=1")
-    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows = stage_rows(path, "prompts")
     tokenizer, longest = load_tokenizer(parents["sft"].path), parents["ppo"].config
     pairs = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]
     usable = [pair for pair in pairs if len(pair[1]) <= longest["max_prompt_tokens"]]

@@ -13,9 +13,12 @@ from pipeline.data.cleaning import has_marker
 from pipeline.data.formats import Row, check_row, row_texts
 from pipeline.data.sources import Source
 from pipeline.data.splits import Split
-from pipeline.errors import UserError
+from pipeline.data.tables import parquet_rows
+from pipeline.errors import UserError, reason_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+LONGEST_CELL = 2**30
+"""Signs of one cell of a CSV file; Python's own limit of 131,072 is less than a long document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +115,23 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{where}: the line is empty")
             try:
                 yield where, json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not JSON ({reason_of(error)})") from error
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            header = list(reader.fieldnames or ())
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise UserError(f"{path} line 1: two columns are named {', '.join(twice)!r}")
             for row in reader:
                 where = f"{path} line {reader.line_num}"
                 if None in row or None in row.values():
-                    columns = len(reader.fieldnames or ())
+                    columns = len(header)
                     raise UserError(f"{where}: not as many cells as the header's {columns} columns")
                 # An empty cell is an absent value, so that an optional column may have gaps.
                 yield where, {name: cell for name, cell in row.items() if cell}
@@ -132,14 +140,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file ({error})") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(parquet_rows(path), start=1):
         yield f"{path} row {number}", row
 
 
@@ -150,9 +151,9 @@ def _hub_rows(own: OwnRows) -> Iterator[tuple[str, Any]]:
         rows = datasets.load_dataset(
             own.hub, own.hub_config or None, split=own.hub_split, revision=own.revision
         )
-    except (OSError, ValueError) as error:
-        # Not found, no network, no such configuration or split: all of these two kinds.
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # Not found, no network, no such configuration or split, files that cannot be read.
+        reason = reason_of(error)
         raise UserError(f"cannot load the hub data set {own.hub} ({reason})") from error
     for number, row in enumerate(rows, start=1):
         yield f"{own.hub} row {number}", row

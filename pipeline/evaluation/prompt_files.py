@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.shapes import is_text
+from pipeline.storage import parse_json, text_lines
 
 Prompt = str | list[dict[str, str]]
 
@@ -30,16 +32,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if not path.is_file():
         raise UserError(f"generate.prompts: no such file: {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    lines = [(where, line) for where, line in text_lines(path) if line.strip()]
+    if not lines:
         raise UserError(f"{path}: holds no prompt")
     if path.suffix != ".jsonl":
-        return [line.strip() for _, line in numbered]
-    return [_parse(line, where=f"{path}, line {number}") for number, line in numbered]
+        return [line.strip() for _, line in lines]
+    return [_parse(line, where=where) for where, line in lines]
 
 
 def write_replies(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -58,12 +56,9 @@ def write_replies(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _parse(line: str, *, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from error
+    row = parse_json(line, where=where)
     prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-    if isinstance(prompt, str) and prompt.strip():
+    if is_text(prompt) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
         return prompt
@@ -74,7 +69,5 @@ def _parse(line: str, *, where: str) -> Prompt:
 
 def _is_message(value: object) -> bool:
     return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str)
+        isinstance(value, dict) and is_text(value.get("role")) and is_text(value.get("content"))
     )

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.checkpoint import MANIFEST, open_artifact
-from pipeline.errors import UserError
+from pipeline.errors import UserError, told
 from pipeline.evaluation.prompt_files import Prompt
 from pipeline.models import load_causal_lm
 from pipeline.ppo.rollout import generate, uniforms
 from pipeline.progress import progress
-from pipeline.tokenizer import decode_response, encode_prompt
+from pipeline.tokenizer import REFUSED, decode_response, encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,8 @@ def load_any(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     elif not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} is no folder of a causal language model: it has no config.json")
     model = load_causal_lm(path)
-    try:
+    with told(f"{path}: no tokenizer could be loaded from there"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from there ({error})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so replies would never end")
     return model, tokenizer
@@ -154,7 +152,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if tokenizer.chat_template is not None:
         return encode_prompt(tokenizer, prompt)
     if isinstance(prompt, str):
-        return list(tokenizer(prompt).input_ids)
+        with told(REFUSED):
+            return list(tokenizer(prompt).input_ids)
     raise UserError("generate.prompts: a conversation needs a model whose tokenizer has a template")
 
 

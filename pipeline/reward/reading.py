@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config import require
-from pipeline.errors import UserError
+from pipeline.errors import told
 from pipeline.tokenizer import (
+    REFUSED,
     Prompt,
     decode_response,
     encode_prompt,
@@ -64,7 +65,8 @@ class ChatReading:
             reply = self.tokenizer(response, add_special_tokens=False)["input_ids"]
             return Exchange([*before, *reply], len(before))
         conversation = [*messages_of(prompt), {"role": "assistant", "content": response}]
-        ids = self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+        with told(REFUSED):
+            ids = self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
         start = 0
         while start < min(len(ids), len(before)) and ids[start] == before[start]:
             start += 1
@@ -104,10 +106,8 @@ def load_reading(path: Path | str) -> Reading:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with told(f"{path}: no tokenizer could be loaded from there"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from there ({error})") from error
     require(
         tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id,
         f"{path}: the tokenizer's PAD must be a token of its own, not EOS",
