@@ -15,6 +15,7 @@ from pipeline.errors import UserError, told
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.sequences import collate, wide
+from pipeline.shapes import is_number
 from pipeline.storage import read_json
 from pipeline.tokenizer import encode_prompt
 from pipeline.weights import load_whole
@@ -112,12 +113,21 @@ def load_classifier(path: Path | str) -> "PreTrainedModel":
     """Returns the sequence classifier of a folder in float32, in evaluation mode.
 
     Raises:
-        UserError: it has not exactly one label.
+        UserError: it has not exactly one label, or normalisation constants that are none.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    with told(f"{path}: no model could be loaded from there"):
+        labels = AutoConfig.from_pretrained(path).num_labels
+    require(labels == 1, f"{path} is no reward model: it has several labels")
     model = _load(AutoModelForSequenceClassification, path)
-    require(model.config.num_labels == 1, f"{path} is no reward model: it has several labels")
+    if has_constants(model):
+        mean, std = model.config.reward_mean, model.config.reward_std
+        require(
+            is_number(mean) and is_number(std) and std > 0,
+            f"{path}/config.json: reward_mean {mean!r} and reward_std {std!r} normalise nothing. "
+            f"Run: make {Path(path).name} FORCE=1",
+        )
     return model
 
 

@@ -15,6 +15,7 @@ from pipeline.models import (
     load_classifier,
     load_reward_model,
     load_with_new_head,
+    score_responses,
 )
 from pipeline.ppo.rollout import generate, uniforms
 from tests.fuzz.support import as_json, damaged, damaged_bytes, fuzz, one_line
@@ -94,6 +95,8 @@ def test_a_damaged_configuration_gives_a_model_that_answers_or_one_line(folders,
     if model is not None and kind == "lm":
         prompts, numbers = [[3, 4, 5], [6]], uniforms(1, update=0, rows=[0, 1], positions=3)
         generate(model, prompts, uniforms=numbers, eos_id=1, pad_id=0)
+    elif model is not None:
+        score_responses(model, [[3, 4, 5], [6]], [[7], [8, 1]], pad_id=0)
 
 
 @pytest.mark.parametrize("how", ["extra", "missing", "shape", "renamed"])
