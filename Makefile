@@ -5,8 +5,11 @@ RUN = runs/$(RECIPE)##       folder of the run; one subfolder per stage
 ARGS =##                     settings for the stages named on the command line, as in --kl.coef=0.1
 FORCE =##                    1 rebuilds the stages named on the command line (with 'all': all)
 NPROC = 1##                  processes of a stage
+DEADLINE =##                 time at which the stages must have ended, in seconds since 1970
 ACCELERATE_CONFIG =##        accelerate's YAML for GPUs and clusters, as in configs/accelerate/ddp.yaml
 SEEDS = 1 2 3##              seeds of 'make seeds'
+KILLS = 100##                kills of 'make crash-test'
+SEED = 1##                   seed of the instants at which 'make crash-test' kills
 MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
 PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless another is named
 
@@ -14,7 +17,8 @@ STAGES := data tokenizer pretrain sft reward ppo evaluate report
 OPTIONAL := reward_guard
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) seeds chat install test check format bench gpu-check help always
+.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench crash-test gpu-check \
+	help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
@@ -57,8 +61,12 @@ parents_ppo := data sft reward
 parents_evaluate := data pretrain sft reward ppo
 parents_report := data tokenizer pretrain sft reward ppo evaluate
 
+# Stages that save on their way, and stop before DEADLINE.
+trained := pretrain sft reward reward_guard ppo
+
 # Arguments of a stage: every process gets the same.
 settings = --recipe=$(RECIPE) --run=$(RUN) \
+	$(if $(DEADLINE),$(if $(filter $1,$(trained)),--saving.deadline=$(DEADLINE))) \
 	$(if $(filter $1,$(named)),$(if $(force),--force=true) $(ARGS))
 
 # One process is plain Python; several on processors go through torchrun's launcher; GPUs and
@@ -68,7 +76,7 @@ processes := $(if $(filter 1,$(NPROC)),$(shell sed -n 's/^num_processes: *//p' $
 launch = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE_CONFIG) \
 	--num_processes $(processes) -m stages.$1 --num_processes=$(processes)
 else ifneq ($(NPROC),1)
-launch = ACCELERATE_USE_CPU=1 $(PYTHON) -m pipeline.launch $(NPROC) stages.$1 --num_processes=$(NPROC)
+launch = env ACCELERATE_USE_CPU=1 $(PYTHON) -m pipeline.launch $(NPROC) stages.$1 --num_processes=$(NPROC)
 else
 launch = $(PYTHON) -m stages.$1
 endif
@@ -91,6 +99,9 @@ space := $(empty) $(empty)
 seeds: $(venv) ## whole runs with SEEDS in folders of their own, and one table with intervals
 	@$(PYTHON) -m stages.seeds --recipe=$(RECIPE) --run=$(RUN) --num_processes=$(NPROC) \
 		--seeds="[$(subst $(space),$(comma),$(strip $(SEEDS)))]" $(if $(force),--force=true) $(ARGS)
+
+lineage: $(venv) ## verify the run, digest by digest from the data sets on, and say what is stale
+	@$(PYTHON) -m stages.lineage --recipe=$(RECIPE) --run=$(RUN) $(ARGS)
 
 chat: $(venv) ## talk to a model in the terminal
 	@$(PYTHON) -m stages.chat --models $(MODELS) $(ARGS)
@@ -133,6 +144,9 @@ bench: $(venv) .venv-trl/installed ## time PPO beside TRL's last PPO trainer, an
 	grep -v '^trl==' constraints.txt > .venv-trl/constraints.txt
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-trl/constraints.txt trl==1.12.0
 	@touch $@
+
+crash-test: $(venv) ## kill STAGES at random instants, run them again, compare every byte
+	@$(PYTHON) -m benchmarks.crash --kills=$(KILLS) --seed=$(SEED) --stages $(STAGES) $(ARGS)
 
 gpu-check: $(venv) ## run the tests that need a GPU
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -13,31 +13,40 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline import distributed
 from pipeline.circumstances import circumstances
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
-from pipeline.manifest import check_manifest, parse_point
+from pipeline.lock import Lock
+from pipeline.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    mending_command,
+    read_manifest,
+)
+from pipeline.points import Points, differences, last_step, log_sizes
+from pipeline.saving import saving_of
+from pipeline.stopping import Stopped
 from pipeline.storage import (
-    CHECKPOINTS,
     digest_of,
     files_of,
-    fsync,
+    inside,
     plain,
-    read_json,
+    require_space,
+    sealed,
+    settle,
     sha256_file,
+    telling_disk_trouble,
     write_json,
 )
 from pipeline.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
-KEEP_POINTS = 2
+POINT_COPIES = 3
+"""Copies of the moved weights in a resume point: themselves and the optimizer's two moments."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +98,17 @@ def open_artifact(path: Path, *, kind: str) -> Artifact:
             names the command that mends it.
     """
     path = Path(path)
-    mend = _mending_command(path)
+    mend = mending_command(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist. Run: {mend}")
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path} has no {MANIFEST}, so that stage did not finish. Run: {mend}")
-    manifest = read_json(path / MANIFEST)
-    content = manifest.get("content", {}) if isinstance(manifest, dict) else {}
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}. Run: {mend} FORCE=1")
-    check_manifest(manifest, where=path / MANIFEST, mend=f"{mend} FORCE=1")
+    manifest = read_manifest(path)
+    content = manifest["content"]
     if content["kind"] != kind:
         raise UserError(f"{path} is a {content['kind']} folder, but a {kind} folder is needed")
     for name, expected in content["files"].items():
-        file = path / name
+        file = inside(path, name)
         if not file.is_file():
             raise UserError(f"{file} is missing. Run: {mend} FORCE=1")
         if file.stat().st_size != expected["size"] or sha256_file(file) != expected["sha256"]:
@@ -126,11 +132,17 @@ class StageRun:
     kind: str
     config: StageConfig
     parents: Mapping[str, Artifact]
-    key: str
+    points: Points
+    lock: Lock
     tracker: Tracker = field(default_factory=Tracker)
     started: float = field(default_factory=time.monotonic)
     earlier_seconds: float = 0.0
     finished: bool = False
+
+    @property
+    def key(self) -> str:
+        """Digest of the configuration and the parents: what a resume point must agree with."""
+        return str(self.points.identity["key"])
 
     @property
     def is_main(self) -> bool:
@@ -165,48 +177,45 @@ class StageRun:
                 file.write(json.dumps(row, ensure_ascii=False, default=plain) + "\n")
 
     def save_point(self, step: int, write: Callable[[Path], None]) -> None:
-        """Publishes a resume point atomically as checkpoints/step-N and drops the oldest ones.
+        """Writes a resume point, which is published as checkpoints/step-N while the stage goes on.
 
         Args:
             step: number the point is found by.
             write: writes the state's files into the folder it is given; called on every process.
         """
-        final = self.path / CHECKPOINTS / f"step-{step}"
-        temporary = self.path / CHECKPOINTS / f".step-{step}.tmp"
-        if self.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        distributed.barrier()
-        write(temporary)
-        distributed.barrier()
-        if self.is_main:
-            self._publish(step, temporary, final)
-        distributed.barrier()
-
-    def _publish(self, step: int, temporary: Path, final: Path) -> None:
-        files = files_of(temporary)
-        write_json(
-            temporary / "point.json",
-            {
-                "step": step,
-                "key": self.key,
-                "elapsed_seconds": self.elapsed_seconds,
-                "logs": {name: _size(self.path / name) for name in LOGS},
-                "files": files,
-            },
-        )
-        for name in files:
-            fsync(temporary / name)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        fsync(final.parent)
-        for old in _points(self.path)[:-KEEP_POINTS]:
-            shutil.rmtree(old)
+        self.points.save(step, write, seconds=self.elapsed_seconds)
 
     def latest_point(self) -> tuple[int, Path] | None:
         """Returns step and folder of the newest resume point, or None at a fresh start."""
-        points = _points(self.path)
-        return (_step_of(points[-1]), points[-1]) if points else None
+        return self.points.latest()
+
+    def require_space(self, moved: int, whole: int) -> None:
+        """Checks that the disk has room for the resume points and the result, before training.
+
+        Args:
+            moved: bytes of the weights that training moves; a point holds them and two moments.
+            whole: bytes of the weights that the result holds.
+
+        Raises:
+            UserError: it has not.
+        """
+        if self.is_main:
+            points = POINT_COPIES * moved * (self.points.keep + 1)
+            there = sum(f.stat().st_size for p in self.points.found() for f in p.iterdir())
+            what = f"{self.points.keep} resume points, one in the making, and the model"
+            require_space(self.path, max(0, points - there) + whole, what=what)
+
+    def stop(self, step: int, reason: str) -> NoReturn:
+        """Ends the stage before its work is done, when its last resume point is published.
+
+        Raises:
+            Stopped: always.
+        """
+        self.points.wait()
+        distributed.barrier()
+        raise Stopped(
+            f"{reason}: stopped after step {step}, which is saved; the same command goes on"
+        )
 
     def finish(
         self, headline: str, *, chosen: Mapping[str, Any], summary: Mapping[str, Any], card: str
@@ -221,11 +230,14 @@ class StageRun:
         """
         distributed.barrier()
         if self.is_main:
+            self.points.wait()
             (self.path / "README.md").write_text(card.strip() + "\n", encoding="utf-8")
             content = self._content(chosen)
+            settle(self.path, content["files"])
             about = circumstances(seconds=self.elapsed_seconds, config=self.config)
             manifest = {"content": content, "circumstances": {**about, "summary": dict(summary)}}
-            write_json(self.path / MANIFEST, manifest)
+            write_json(self.path / MANIFEST, sealed(manifest))
+            shutil.rmtree(_former(self.path), ignore_errors=True)
             log.info("%s: %s -> %s", self.stage, headline, self.path)
         self.finished = True
         distributed.barrier()
@@ -258,28 +270,57 @@ def begin(
         UserError: the folder was finished with other command-line settings, or two parents do not
             belong together.
     """
+    from pipeline.lineage import check_ancestors  # which opens artifacts itself
+
     _check_lineage(parents)
-    digests = {name: parent.digest for name, parent in parents.items()}
-    key = digest_of({"config": config.content(), "parents": digests})
-    run = StageRun(config.folder(stage), stage, kind, config, parents, key)
+    distributed.on_main(lambda: check_ancestors(parents))
+    run = _stage_run(config, stage=stage, kind=kind, parents=parents)
     distributed.on_main(lambda: _open(run))
     try:
-        yield run
-    except UserError:
-        if run.is_main and run.latest_point() is None:
-            shutil.rmtree(run.path, ignore_errors=True)
+        with telling_disk_trouble(run.path):
+            yield run
+    except (UserError, OSError):
+        if run.is_main:
+            _withdraw(run)
         raise
     finally:
         run.tracker.finish()
+        run.points.close()
+        run.lock.release()
     assert run.finished, f"{stage} ended without finish()"
+
+
+def _stage_run(
+    config: StageConfig, *, stage: str, kind: str, parents: Mapping[str, Artifact]
+) -> StageRun:
+    made_of = {
+        "config": json.loads(json.dumps(config.content(), default=plain)),
+        "parents": {name: parent.digest for name, parent in parents.items()},
+    }
+    folder, identity = config.folder(stage), {"key": digest_of(made_of), **made_of}
+    return StageRun(
+        folder,
+        stage,
+        kind,
+        config,
+        parents,
+        points=Points(stage, folder, identity, keep=saving_of(config).keep),
+        lock=Lock(folder.with_name(f".{stage}.lock")),
+    )
 
 
 def _open(run: StageRun) -> None:
     """Makes the folder ready to work in; the main process does it for all."""
-    _check_finished(run)
-    run.path.mkdir(parents=True, exist_ok=True)
-    run.earlier_seconds = _prepare(run)
-    run.tracker = open_tracker(run.config, stage=run.stage, digest=run.key)
+    run.lock.acquire()
+    try:
+        _check_finished(run)
+        sent = last_step(run.path / "metrics.jsonl")
+        run.earlier_seconds = _prepare(run)
+        sent = sent if run.latest_point() else 0
+        run.tracker = open_tracker(run.config, stage=run.stage, digest=run.key, sent=sent)
+    except BaseException:
+        run.lock.release()
+        raise
 
 
 def _check_lineage(parents: Mapping[str, Artifact]) -> None:
@@ -288,7 +329,7 @@ def _check_lineage(parents: Mapping[str, Artifact]) -> None:
             if name in parents and parents[name].digest != recorded["digest"]:
                 raise UserError(
                     f"{child.path} was made from another {name} than {parents[name].path}. "
-                    f"Run: {_mending_command(child.path)}"
+                    f"Run: {mending_command(child.path)}"
                 )
 
 
@@ -297,15 +338,14 @@ def _check_finished(run: StageRun) -> None:
     manifest_path = run.path / MANIFEST
     if run.config.force or not manifest_path.is_file():
         return
-    manifest = read_json(manifest_path)
-    check_manifest(manifest, where=manifest_path, mend=f"{_mending_command(run.path)} FORCE=1")
+    manifest = read_manifest(run.path)
     recorded = {"config": manifest["content"]["config"]}
     recorded["parents"] = {k: v["digest"] for k, v in manifest["content"]["parents"].items()}
     before = tuple(manifest["circumstances"].get("overrides", ()))
     wanted = json.loads(json.dumps(run.config.content(), default=plain))
     if recorded["config"] != wanted and before != run.config.overrides:
         raise UserError(
-            f"{run.path} is finished with other settings ({_difference(recorded['config'], wanted)}"
+            f"{run.path} is finished with other settings ({differences(recorded['config'], wanted)}"
             "). Use a recipe or a RUN= of its own, or add FORCE=1 to replace it"
         )
     inputs = [Path("configs") / run.config.recipe / f"{run.stage}.yaml"]
@@ -316,80 +356,39 @@ def _check_finished(run: StageRun) -> None:
         raise UpToDate(f"{run.path} is up to date")
 
 
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:
-    """Returns the settings that differ, as `key: old there, new here`."""
-    found = []
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found.append(_difference(old, new, f"{prefix}{name}."))
-        elif old != new:
-            found.append(f"{prefix}{name}: {old} there, {new} here")
-    return "; ".join(text for text in found if text)
-
-
 def _prepare(run: StageRun) -> float:
     """Brings the folder back to its newest good point, or empties it; returns its seconds."""
-    rebuild = run.config.force or (run.path / MANIFEST).is_file()
-    (run.path / MANIFEST).unlink(missing_ok=True)
-    point = None if rebuild else _newest_good_point(run)
+    folder = run.path.resolve()
+    if (folder / MANIFEST).is_file():  # a finished result stays until another takes its place
+        shutil.rmtree(_former(run.path), ignore_errors=True)
+        folder.replace(_former(run.path))
+    folder.mkdir(parents=True, exist_ok=True)
+    point = None if run.config.force else run.points.newest_good()
     if point is None:
-        for entry in run.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if _is_own_folder(entry) else entry.unlink()
         return 0.0
-    for name in LOGS:
-        if (run.path / name).is_file():
-            os.truncate(run.path / name, point["logs"].get(name, 0))
+    for name, size in log_sizes(point).items():
+        if (folder / name).is_file():
+            os.truncate(folder / name, size)
     log.info("%s: goes on from step %d of %s", run.stage, point["step"], run.path)
     return float(point["elapsed_seconds"])
 
 
-def _newest_good_point(run: StageRun) -> dict[str, Any] | None:
-    """Returns the newest resume point that verifies; removes every newer one, saying why."""
-    for folder in reversed(_points(run.path)):
-        reason = _fault_of(folder, run.key)
-        if reason is None:
-            point: dict[str, Any] = read_json(folder / "point.json")
-            return point
-        log.warning("%s: resume point %s is not used: %s", run.stage, folder, reason)
-        shutil.rmtree(folder)
-    return None
+def _withdraw(run: StageRun) -> None:
+    """Leaves nothing half-made where there is no point to go on from; a former result returns."""
+    if run.latest_point() is None:
+        folder, former = run.path.resolve(), _former(run.path)
+        shutil.rmtree(folder, ignore_errors=True)
+        if former.is_dir():
+            former.replace(folder)
 
 
-def _fault_of(folder: Path, key: str) -> str | None:
-    """Returns what is wrong with a resume point, or None."""
-    try:
-        point = parse_point(folder)
-    except (OSError, UserError) as error:
-        return str(error)
-    if point["key"] != key:
-        return "it belongs to another configuration or other parents"
-    if files_of(folder) != point["files"]:
-        return "a file is missing, damaged or foreign"
-    if any(_size(folder.parent.parent / name) < point["logs"].get(name, 0) for name in LOGS):
-        return "a log has become shorter than it was when the point was saved"
-    return None
+def _is_own_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.is_symlink()
 
 
-def _points(path: Path) -> list[Path]:
-    found = (path / CHECKPOINTS).glob("step-*") if (path / CHECKPOINTS).is_dir() else ()
-    return sorted((point for point in found if _is_point(point)), key=_step_of)
-
-
-def _is_point(folder: Path) -> bool:
-    return folder.is_dir() and folder.name.removeprefix("step-").isdecimal()
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def _mending_command(path: Path) -> str:
-    recipe = path.parent.name
-    if path.parent.parent.name == "runs" and (Path("configs") / recipe).is_dir():
-        return f"make {path.name} RECIPE={recipe}"
-    return f"make {path.name} RUN={path.parent}"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _former(path: Path) -> Path:
+    """Returns where a finished folder waits while it is made again."""
+    folder = path.resolve()
+    return folder.with_name(f".{folder.name}.former")

@@ -1,27 +1,42 @@
 """The command line of a stage: load the configuration, run, tell a user's mistake in one line."""
 
+import argparse
 import errno
 import logging
 import os
-import sys
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 from pipeline.config import StageConfig, load
 from pipeline.distributed import is_main
 from pipeline.errors import UpToDate, UserError
+from pipeline.pretrained import permit
+from pipeline.stopping import STOPPED, Stopped, Terminated
+from pipeline.terminal import start_logging
 
 C = TypeVar("C", bound=StageConfig)
 
 USER_MISTAKE = 2
 """Exit code of everything the user can mend."""
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C where nothing was to be saved, or after a second one."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM where nothing was to be saved."""
 
 GRACE_SECONDS = 5.0
 """How long another process waits before it says what the main one has probably said."""
+
+TOLD = {UpToDate: 0, UserError: USER_MISTAKE, Stopped: STOPPED}
+"""Exit codes of what comes with its own words."""
+
+NO_SUCH_ALGORITHM = "does not have a deterministic implementation"
+"""What torch says where `deterministic` asks for what it does not have."""
 
 DISK_TROUBLE = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -36,6 +51,14 @@ DISK_TROUBLE = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Reads the words of a command that has no configuration file; a wrong one is a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with what is wrong, and where the right words are listed."""
+        raise UserError(f"{message}. Try: {self.prog} --help")
+
+
 def command(
     config_class: type[C],
     run: Callable[[C], None],
@@ -43,30 +66,49 @@ def command(
     *,
     stage: str,
 ) -> int:
-    """Returns the exit code of a stage's command line: 0, or 2 for a mistake the user can mend."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    """Returns the exit code of a stage's command line.
+
+    0: done. 2: a mistake the user can mend. 75: asked to stop, and saved; the same command goes on.
+    130 and 143: Ctrl-C or SIGTERM where nothing was to be saved.
+    """
+    start_logging(logging.INFO)
     for noisy in ("httpx", "filelock", "datasets", "transformers", "absl", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a file's milliseconds
     log = logging.getLogger(f"stages.{stage}")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
-        run(load(config_class, argv, stage=stage))
-    except UpToDate as outcome:
-        _say(log.info, f"{stage}: {outcome}")
-    except UserError as error:
-        _say(log.error, f"{stage}: {error}")
-        return USER_MISTAKE
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        config = load(config_class, argv, stage=stage)
+        trusted = config.trust_remote_code
+        permit([*trusted, *(str(config.folder(name)) for name in trusted)])
+        run(config)
+    except (UpToDate, UserError, OSError, RuntimeError, Stopped, KeyboardInterrupt) as error:
+        code, line = _ending(error)
+        if not line:
             raise
-        _say(log.error, f"{stage}: {error.filename or 'disk'}: {DISK_TROUBLE[error.errno]}")
-        return USER_MISTAKE
-    except KeyboardInterrupt:
-        _say(
-            log.error, f"{stage}: interrupted; the same command goes on from the last resume point"
-        )
-        return INTERRUPTED
+        _say(log.error if code else log.info, f"{stage}: {line}")
+        return code
     return 0
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """Returns exit code and line of an error that a user understands; no line for our own bugs."""
+    match error:
+        case UpToDate() | UserError() | Stopped():
+            return TOLD[type(error)], str(error)
+        case OSError() if error.errno in DISK_TROUBLE:
+            return USER_MISTAKE, f"{error.filename or 'disk'}: {DISK_TROUBLE[error.errno]}"
+        case RuntimeError() if NO_SUCH_ALGORITHM in str(error):
+            return USER_MISTAKE, f"{str(error).split('.')[0]}. Set deterministic to false"
+        case KeyboardInterrupt():
+            code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+            return code, "interrupted; the same command goes on from the last resume point"
+    return 1, ""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _say(write: Callable[[str], None], line: str) -> None:
@@ -75,5 +117,6 @@ def _say(write: Callable[[str], None], line: str) -> None:
     When all processes stop for the same reason, the launcher ends the others within the grace.
     """
     if not is_main():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_SECONDS)
     write(line)

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.plain_settings import check_values, check_words, check_yaml
+from pipeline.secrets import refuse_secrets
 
-CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides")
+CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides", "saving")
 """Fields that say where and how a stage runs; they do not change what it makes."""
 LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
@@ -40,6 +41,11 @@ class StageConfig:
     """Processes that were launched; the stage refuses to run when another number is connected."""
     force: bool = False
     """Rebuild a finished folder even when it was made with other command-line settings."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time; slower on GPUs, where it matters."""
+    trust_remote_code: tuple[str, ...] = ()
+    """Models whose own Python code may run here with your rights, each by the name it is loaded by:
+    hub id, folder, or stage as in [pretrain]; none unless named. Read that code first."""
     tracking: str = "wandb"
     """Experiment tracker beside metrics.jsonl: wandb (offline without a key) or none."""
     overrides: tuple[str, ...] = ()
@@ -55,9 +61,17 @@ class StageConfig:
         return self.run_dir / stage
 
     def content(self) -> dict[str, Any]:
-        """The settings that decide what the stage makes, as plain JSON values."""
+        """The settings that decide what the stage makes, as plain JSON values.
+
+        Absolute paths are cut to their last name: machines differ in the rest, and what lies there
+        is known by the digests of its files.
+        """
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if key not in CIRCUMSTANCES}
+        return {key: portable(value) for key, value in values.items() if key not in CIRCUMSTANCES}
+
+    def outside(self, stage: str) -> dict[str, Path]:  # noqa: ARG002 - for those that have some
+        """Files and folders of this disk outside the run that the stage reads, by parent's name."""
+        return {}
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: must be at least 0, got {self.seed}")
@@ -81,6 +95,17 @@ class StageConfig:
 C = TypeVar("C", bound=StageConfig)
 
 
+def portable(value: Any) -> Any:
+    """Returns a setting as every machine would write it: absolute paths by their last name."""
+    if isinstance(value, dict):
+        return {key: portable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(portable, value))
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
 def require(condition: bool, message: str) -> None:
     """Raises UserError with the message unless the condition holds."""
     if not condition:
@@ -96,7 +121,8 @@ def load(config_class: type[C], argv: Sequence[str] | None = None, *, stage: str
         stage: name of the stage; its YAML is configs/<recipe>/<stage>.yaml.
 
     Raises:
-        UserError: unknown key, wrong type, value out of range, or a recipe without that file.
+        UserError: unknown key, wrong type, value out of range, a secret, or a recipe without that
+            file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     path = Path("configs") / checked_recipe(_recipe_of(words)) / f"{stage}.yaml"
@@ -113,9 +139,11 @@ def load(config_class: type[C], argv: Sequence[str] | None = None, *, stage: str
         settings = {key: value for key, value in values.items() if key in names}
         config = config_class(**settings, overrides=overrides(words))
         check_values(config)
-        return config
+        typed = {"command line": config.overrides}  # last, so that the setting's name is told
+        refuse_secrets({**dataclasses.asdict(config), "overrides": (), **typed})
     except (UserError, argparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{path} or command line: {_cause(error)}") from error
+    return config
 
 
 def overrides(argv: Sequence[str]) -> tuple[str, ...]:
@@ -168,7 +196,14 @@ def _parser(config_class: type[StageConfig], *, stage: str, path: Path) -> Any:
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Leaves the lines of the stage's docstring as they are."""
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        # A recipe holds values. By default `class_path: a.module.Class` in one would import the
+        # module, and in a field of type Any make the object.
+        import_path_denylist=["*"],
+        import_path_allowlist=["pipeline", "stages"],
+        instantiate_subclass_spec_in_any=False,
+    )
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
         description=(sys.modules[config_class.__module__].__doc__ or "").strip(),

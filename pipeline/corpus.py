@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.tables import stage_rows
-from pipeline.errors import UserError, told
-from pipeline.tokenizer import REFUSED
+from pipeline.errors import UserError
+from pipeline.tokenizer import rendering, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,15 +72,14 @@ def encode_documents(
     tokenizer: "PreTrainedTokenizerFast", documents: Iterable[Mapping[str, Any]]
 ) -> list[list[int]]:
     """Returns token ids of conversations in the chat template, or of plain texts up to EOS."""
-    with told(REFUSED):
+    with rendering(tokenizer):
         rendered = [
             tokenizer.apply_chat_template(document["messages"], tokenize=False)
             if document.get("messages")
             else document["text"].strip() + tokenizer.eos_token
             for document in documents
         ]
-        ids: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    return ids
+    return tokens_of(tokenizer, rendered)
 
 
 def stack(rows: Sequence["Tensor"]) -> dict[str, "Tensor"]:

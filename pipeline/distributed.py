@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
+from pipeline.streams import short_stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+
+CUBLAS_WORKSPACE = ":4096:8"
+"""Workspaces with which cuBLAS is deterministic (CUDA toolkit, cuBLAS, results reproducibility)."""
 
 
 def rank() -> int:
@@ -53,9 +57,13 @@ def setup(config: StageConfig) -> "Accelerator":
     from accelerate.utils import set_seed
 
     torch.set_num_threads(num_threads(config))
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     _refuse_lonely(config, accelerator.num_processes)
-    set_seed(config.seed)
+    set_seed(short_stream(config.seed, "stage"))
     return accelerator
 
 

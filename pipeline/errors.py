@@ -25,18 +25,22 @@ class UpToDate(Exception):  # noqa: N818 - an outcome, not an error
     """The stage's folder already holds exactly what was asked for."""
 
 
-def reason_of(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of what an exception says, or its name where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
-def told(message: str) -> Iterator[None]:
+def told(message: str, *, mend: str = "") -> Iterator[None]:
     """Turns whatever a library raises over a bad file into one line: the message and the reason.
 
     Libraries trust their files: over one that somebody changed they may raise anything, a KeyError
     deep inside as well as an error of their own, and those in Rust what is no Exception at all.
+
+    Args:
+        message: what could not be done, and where.
+        mend: a sentence that says how to mend it.
 
     Raises:
         UserError: something was raised, by other hands than ours or the user's.
@@ -47,7 +51,8 @@ def told(message: str) -> Iterator[None]:
         raise
     except BaseException as error:
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"{message} ({kind}{reason_of(error)})") from error
+        end = f". {mend}" if mend else ""
+        raise UserError(f"{message} ({kind}{first_line(error)}){end}") from error
 
 
 def _shown(sign: str) -> str:

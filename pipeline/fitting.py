@@ -1,14 +1,10 @@
-"""What the stages on Hugging Face's Trainer share: callbacks, resume points, validation, saving.
-
-Trainer keeps its loop; logs, evaluation and resume points follow our contract through callbacks.
-"""
+"""What the stages on Hugging Face's Trainer share: training to the end, validation, saving."""
 
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -22,113 +18,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from pipeline.callbacks import FiniteGradients, ResumePoints, RunLogs, Validate, Validation
 from pipeline.checkpoint import StageRun
 from pipeline.distributed import barrier, gather_objects, rank, world_size
-from pipeline.errors import UserError
 from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
-from pipeline.training import WORKSPACE
+from pipeline.restricted import restricted
+from pipeline.saving import saving_of
+from pipeline.stopping import keep_pace
+from pipeline.training import WORKSPACE, Training
 
 IGNORED = -100
 """Label of a position that does not count."""
-METRICS = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy")
-"""What is taken from Trainer's logs: the rest are clocks, or sums that restart on resuming."""
-
-Validate = Callable[[], Mapping[str, float]]
-
-
-class RunLogs(TrainerCallback):
-    """Forwards Trainer's logs to the run and shows a progress bar."""
-
-    def __init__(self, run: StageRun, *, tokens_per_step: float) -> None:
-        self.run = run
-        self.tokens_per_step = tokens_per_step
-        self.bar: Iterator[int] = iter(())
-        self.since: tuple[int, float] = (0, 0.0)
-
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Starts the bar and the clock, at the step training goes on from."""
-        first, total = state.global_step, state.max_steps
-        self.bar = progress(
-            range(first, total), total=total, description=self.run.stage, initial=first
-        )
-        next(self.bar, None)
-        self.since = (first, time.monotonic())
-
-    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Moves the bar on."""
-        next(self.bar, None)
-
-    def on_log(self, _args: Any, state: Any, _control: Any, *, logs: Any = None, **_: Any) -> None:
-        """Splits a line of logs into what was learned and what the clock says."""
-        learned = {f"train/{name}": float(logs[name]) for name in METRICS if name in logs}
-        if not learned:
-            return
-        step, now = state.global_step, time.monotonic()
-        seconds = (now - self.since[1]) / max(1, step - self.since[0])
-        self.since = (step, now)
-        self.run.log(step, learned)
-        self.run.log_timings(
-            step,
-            {
-                "time/step_seconds": seconds,
-                "time/tokens_per_second": self.tokens_per_step / max(seconds, 1e-9),
-            },
-        )
-
-
-class Validation(TrainerCallback):
-    """Looks at the validation rows every few steps."""
-
-    def __init__(self, run: StageRun, validate: Validate, *, every: int) -> None:
-        self.run = run
-        self.validate = validate
-        self.every = every
-
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Logs the validation figures; the last step is left to the stage's full evaluation."""
-        due = self.every and state.global_step % self.every == 0
-        if due and state.global_step < state.max_steps:
-            self.run.log(state.global_step, self.validate())
-
-
-class FiniteGradients(TrainerCallback):
-    """Stops on a non-finite loss or gradient before the optimizer moves."""
-
-    def on_pre_optimizer_step(
-        self, _args: Any, state: Any, _control: Any, *, model: nn.Module, **_: Any
-    ) -> None:
-        """Raises UserError when any gradient, and so the loss behind it, is not finite."""
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad.sum()):
-                raise UserError(
-                    f"the loss or its gradient is not finite at step {state.global_step + 1} on "
-                    f"rank {rank()} (first seen in {name}); the weights were not moved. Lower "
-                    f"training.learning_rate, lengthen training.warmup_steps, or set "
-                    f"training.precision to fp32"
-                )
-
-
-class ResumePoints(TrainerCallback):
-    """Publishes what Trainer saves as a resume point of the run, without pickled arguments."""
-
-    def __init__(self, run: StageRun) -> None:
-        self.run = run
-
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Moves Trainer's folder into a resume point."""
-        source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        barrier()
-        self.run.save_point(state.global_step, lambda folder: self._move(source, folder))
-        if self.run.is_main:
-            shutil.rmtree(source)
-
-    def _move(self, source: Path, folder: Path) -> None:
-        if not self.run.is_main:
-            return
-        for file in source.iterdir():
-            if file.name != "training_args.bin":
-                shutil.move(file, folder / file.name)
 
 
 def prefer_fast_attention(model: PreTrainedModel | PeftModel, *, bf16: bool) -> None:
@@ -146,7 +47,7 @@ def fit(
     run: StageRun,
     *,
     validate: Validate,
-    eval_every: int,
+    training: Training,
     tokens_per_step: float,
 ) -> float:
     """Returns tokens per second after training to the last step, from the newest resume point.
@@ -155,29 +56,57 @@ def fit(
         trainer: built from `pipeline.training.trainer_arguments`.
         run: the stage's folder; receives metrics, timings and resume points.
         validate: returns the validation figures of the model as it is.
-        eval_every: steps between two looks at them; 0 never looks while training.
+        training: how often to log and to validate.
         tokens_per_step: tokens of one optimizer step over all processes, for the throughput.
 
     Raises:
-        UserError: a loss or gradient is not finite.
+        UserError: a loss or gradient is not finite, or the disk has no room for what is coming.
+        Stopped: a signal or the deadline ended it; a resume point is written.
     """
+    run.require_space(_bytes_of(trainer.model, trained=True), _bytes_of(trainer.model))
+    prefer_fast_attention(trainer.model, bf16=trainer.args.bf16)
+    done, folder = run.latest_point() or (0, None)
+    with keep_pace(saving_of(run.config), stage=run.stage) as pace:
+        logs = RunLogs(run, every=training.log_every, tokens_per_step=tokens_per_step)
+        if folder:
+            logs.load(folder)
+        _follow_contract(
+            trainer,
+            [
+                logs,
+                FiniteGradients(),
+                Validation(run, validate, every=training.eval_every),
+                ResumePoints(run, pace=pace, logs=logs),
+            ],
+        )
+        started = time.monotonic()
+        try:
+            with restricted(folder):
+                trainer.train(resume_from_checkpoint=folder and str(folder))
+        finally:
+            if run.is_main:
+                shutil.rmtree(run.path / WORKSPACE, ignore_errors=True)
+        seconds = time.monotonic() - started
+    barrier()
+    if pace.asked_by:
+        run.stop(trainer.state.global_step, pace.asked_by)
+    return (trainer.state.global_step - done) * tokens_per_step / seconds
+
+
+def _follow_contract(trainer: Trainer, callbacks: list[TrainerCallback]) -> None:
+    """Puts our logs, checks and resume points in the place of Trainer's printing."""
     transformers_logging.disable_progress_bar()
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
-    trainer.add_callback(RunLogs(run, tokens_per_step=tokens_per_step))
-    trainer.add_callback(FiniteGradients())
-    trainer.add_callback(Validation(run, validate, every=eval_every))
-    trainer.add_callback(ResumePoints(run))
-    prefer_fast_attention(trainer.model, bf16=trainer.args.bf16)
-    point = run.latest_point()
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(point[1]) if point else None)
-    seconds = time.monotonic() - started
-    barrier()
-    if run.is_main:
-        shutil.rmtree(run.path / WORKSPACE, ignore_errors=True)
-    steps = trainer.state.global_step - (point[0] if point else 0)
-    return steps * tokens_per_step / seconds
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+
+def _bytes_of(model: nn.Module, *, trained: bool = False) -> int:
+    """Returns the size of all weights, or of those that are trained."""
+    return sum(
+        p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained
+    )
 
 
 def merge_adapter(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.tables import stage_rows
-from pipeline.errors import UserError, told
-from pipeline.tokenizer import REFUSED, encode_conversation
+from pipeline.errors import UserError
+from pipeline.tokenizer import encode_conversation, rendering, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,14 +85,13 @@ def _encode_pairs(
     if not pairs:
         return []
     replies = [_text(pair["completion"]) for pair in pairs]
-    with told(REFUSED):
+    with rendering(tokenizer):
         prompts = tokenizer.apply_chat_template(
             [_messages(pair["prompt"]) for pair in pairs],
             add_generation_prompt=True,
             tokenize=False,
         )
-        prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        reply_ids = tokenizer(replies, add_special_tokens=False)["input_ids"]
+    prompt_ids, reply_ids = tokens_of(tokenizer, prompts), tokens_of(tokenizer, replies)
     end = [tokenizer.eos_token_id]
     return [
         Example(prompt + reply + end, [IGNORED] * len(prompt) + reply + end)

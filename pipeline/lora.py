@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import require
 from pipeline.storage import read_json, write_json
+from pipeline.streams import stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +123,7 @@ def with_adapter(model: "PreTrainedModel", lora: LoRA, *, task: str, seed: int) 
 
     if not lora.rank:
         return model
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "adapter"))
     with quiet_about_old_names():
         return get_peft_model(model, adapter_config(lora, model, task=task))
 
@@ -151,10 +152,30 @@ def write_adapter(
     write_json(folder / "adapter_config.json", written)
 
 
+def check_adapter(folder: Path) -> None:
+    """Makes sure that a folder holds an adapter as `write_adapter` writes them.
+
+    peft would read a pickle where there are no safetensors, other folders for other kinds of
+    adapters, and import any module that `megatron_core` names.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = read_json(file) if file.is_file() else {}
+    plain = isinstance(config, dict) and config.get("peft_type") == "LORA"
+    require(
+        plain and not config.get("megatron_config") and weights.is_file(),
+        f"{folder} is no LoRA adapter with its weights in {weights.name}. "
+        f"Run: make {folder.parent.name} FORCE=1",
+    )
+
+
 def merged(base: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
     """Returns the base with the adapter of a folder added to its weights, in evaluation mode."""
     from peft import PeftModel
 
+    check_adapter(folder)
     with quiet_about_old_names():
         return PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
 

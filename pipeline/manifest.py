@@ -1,8 +1,4 @@
-"""The records of a folder, as they are read: a manifest, and what a resume point says of itself.
-
-Whoever wrote them, they are JSON that a disk, an editor or another program may have changed; after
-these checks the rest of the code may rely on every place it reads.
-"""
+"""A finished folder's manifest: how it is sealed, read and refused, and what makes it anew."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +16,26 @@ from pipeline.shapes import (
     is_whole,
     mapping,
 )
-from pipeline.storage import read_json
+from pipeline.storage import read_json, sealed
 
 T = TypeVar("T")
 
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had no digest of the manifest itself."""
 FILES = each(mapping({"sha256": holds(is_digest), "size": holds(is_whole)}))
+PARENTS = each(mapping(dict.fromkeys(("stage", "kind"), holds(is_text)) | {"digest": holds(is_digest)}))
 CONTENT = mapping(
     {
         "stage": holds(is_text),
         "kind": holds(is_text),
         "config": holds(is_object),
-        "parents": each(mapping({"digest": holds(is_digest)})),
+        "parents": PARENTS,
         "files": FILES,
     }
 )
+"""What is read of a manifest's content."""
 CIRCUMSTANCES = mapping(
     {
         "summary": holds(is_object),
@@ -44,63 +46,53 @@ CIRCUMSTANCES = mapping(
         "overrides?": holds(are_texts),
     }
 )
-MANIFEST = mapping({"content": CONTENT, "circumstances": CIRCUMSTANCES})
-POINT = mapping(
-    {
-        "step": holds(is_whole),
-        "key": holds(is_digest),
-        "elapsed_seconds": holds(is_amount),
-        "logs": each(holds(is_whole)),
-        "files": FILES,
-    }
-)
-
-
-def check_manifest(manifest: Any, *, where: Path, mend: str) -> None:
-    """Checks what was read of a manifest.
-
-    Args:
-        manifest: what the file held.
-        where: the file.
-        mend: the command that makes the folder anew.
-
-    Raises:
-        UserError: a place is missing or holds something else; it is named.
-    """
-    fault = MANIFEST(manifest)
-    if fault is None and not is_object(manifest):
-        fault = "a text or a level that cannot be written again"
-    if fault is not None:
-        raise UserError(f"{where} is damaged ({fault or 'no object'}). Run: {mend}")
+"""What is read of its circumstances."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a folder whose files are not looked at.
+    """Returns the manifest of a finished folder, whose files are not looked at.
 
     Raises:
-        UserError: it is no JSON, or damaged.
+        UserError: it is no manifest, was altered, or is of a format that this version does not
+            read; the message names the command that makes the folder anew.
     """
-    path = folder / "manifest.json"
-    manifest: dict[str, Any] = read_json(path)
-    check_manifest(manifest, where=path, mend=f"make {folder.name} FORCE=1")
-    return manifest
-
-
-def parse_point(folder: Path) -> dict[str, Any]:
-    """Returns what a resume point says of itself.
-
-    Raises:
-        UserError: it is no JSON, a place is missing or holds something else, or it is the record
-            of another point.
-    """
-    point: Any = read_json(folder / "point.json")
-    fault = POINT(point)
-    if fault is None and folder.name != f"step-{point['step']}":
-        fault = "step"
-    if fault is not None:
-        raise UserError(f"its point.json is damaged ({fault or 'no object'})")
-    checked: dict[str, Any] = point
+    path, mend = folder / MANIFEST, f"{mending_command(folder)} FORCE=1"
+    manifest: Any = read_json(path)
+    if isinstance(manifest, dict) and not is_object(manifest):
+        raise UserError(f"{path} is damaged: its texts are no UTF-8, or too deep. Run: {mend}")
+    content: Any = manifest.get("content") if isinstance(manifest, dict) else None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version not in READABLE:
+        raise UserError(f"{path} {_refusal(manifest, version)}, or run: {mend}")
+    if (version > 1 or "sha256" in manifest) and sealed(manifest) != manifest:
+        raise UserError(f"{path} was altered. Run: {mend}")
+    place = CONTENT(content)
+    if place is None:
+        place = mapping({"circumstances": CIRCUMSTANCES})(manifest)
+    if place is not None:
+        raise UserError(f"{path} is damaged: no {place}. Run: {mend}")
+    checked: dict[str, Any] = manifest
     return checked
+
+
+def _refusal(manifest: Any, version: Any) -> str:
+    """Returns what is wrong with a manifest of another format, and what reads it still."""
+    if version is None:
+        return f"is not a manifest: it names no format (this version reads format {READABLE[-1]})"
+    about = manifest.get("circumstances")
+    commit = about.get("git_commit", "unknown") if isinstance(about, dict) else "unknown"
+    return (
+        f"is not of format {READABLE[-1]}, which this version reads, but of {version!r}: "
+        f"read it with the version that wrote it (commit {commit})"
+    )
+
+
+def mending_command(path: Path) -> str:
+    """Returns the command that makes a stage's folder anew."""
+    recipe = path.parent.name
+    if path.parent.parent.name == "runs" and (Path("configs") / recipe).is_dir():
+        return f"make {path.name} RECIPE={recipe}"
+    return f"make {path.name} RUN={path.parent}"
 
 
 def setting_of(config: Mapping[str, Any], name: str, kind: type[T], *, where: Path) -> T:
@@ -118,6 +110,6 @@ def setting_of(config: Mapping[str, Any], name: str, kind: type[T], *, where: Pa
     value = config.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(
-            f"{where}/manifest.json: config.{name} is {value!r}. Run: make {where.name} FORCE=1"
+            f"{where / MANIFEST}: config.{name} is {value!r}. Run: {mending_command(where)} FORCE=1"
         )
     return value

@@ -14,14 +14,19 @@ from pipeline.config import require
 from pipeline.errors import UserError, told
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
+from pipeline.pretrained import from_pretrained
 from pipeline.sequences import collate, wide
-from pipeline.shapes import is_number
+from pipeline.shapes import is_number, is_whole
 from pipeline.storage import read_json
+from pipeline.streams import stream
 from pipeline.tokenizer import encode_prompt
 from pipeline.weights import load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SMALLEST_STD = 1e-9
+"""Smallest deviation of scores that means anything; by less they would be divided to infinity."""
 
 
 def build_causal_lm(
@@ -54,7 +59,7 @@ def build_causal_lm(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "initialisation"))
     try:
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except (ValueError, KeyError) as error:
@@ -118,13 +123,13 @@ def load_classifier(path: Path | str) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     with told(f"{path}: no model could be loaded from there"):
-        labels = AutoConfig.from_pretrained(path).num_labels
+        labels = from_pretrained(AutoConfig, path, weights=False).num_labels
     require(labels == 1, f"{path} is no reward model: it has several labels")
     model = _load(AutoModelForSequenceClassification, path)
     if has_constants(model):
         mean, std = model.config.reward_mean, model.config.reward_std
         require(
-            is_number(mean) and is_number(std) and std > 0,
+            is_number(mean) and is_number(std) and std > SMALLEST_STD,
             f"{path}/config.json: reward_mean {mean!r} and reward_std {std!r} normalise nothing. "
             f"Run: make {Path(path).name} FORCE=1",
         )
@@ -168,7 +173,7 @@ def load_with_new_head(
     """
     from transformers import AutoModelForSequenceClassification
 
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "head"))
     model = _load(
         AutoModelForSequenceClassification,
         path,
@@ -211,7 +216,7 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     with told(f"{path}: no tokenizer could be loaded from there"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
     require(tokenizer.chat_template is not None, f"{path}: the tokenizer has no chat template")
     require(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no EOS token")
     require(
@@ -231,11 +236,11 @@ def _check_ids(tokenizer: Any, config: Path) -> None:
 
     Without a model there is to be a row per token.
     """
-    rows = read_json(config).get("vocab_size") if config.is_file() else None
-    rows = rows if isinstance(rows, int) else len(tokenizer)
-    highest = max(tokenizer.get_vocab().values())
+    beside = read_json(config) if config.is_file() else {"vocab_size": len(tokenizer)}
+    rows = beside.get("vocab_size") if isinstance(beside, dict) else None
+    highest = max(tokenizer.get_vocab().values(), default=0)
     require(
-        highest < rows,
+        not is_whole(rows) or highest < rows,
         f"{config.parent}: the tokenizer has a token of id {highest}, and a model of it {rows} "
         "rows of embeddings",
     )

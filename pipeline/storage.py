@@ -1,18 +1,84 @@
 """Files on disk: JSON written atomically, digests, and what a folder holds."""
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 
 UNDIGESTED = ("manifest.json", "README.md", "timings.jsonl", "point.json")
 """Files that may differ between two runs of the same content, and the records of digests."""
+TORCH_WRITER = "inline_container.cc"
+"""Source file that torch's writer names when it fails; it does not tell the system's error."""
 CHECKPOINTS = "checkpoints"
 """Folder of resume points; the artifact's digest does not cover them."""
+
+
+@contextlib.contextmanager
+def telling_disk_trouble(folder: Path) -> Iterator[None]:
+    """Turns the errors of libraries that failed to write into the disk's own.
+
+    Raises:
+        OSError: torch or safetensors could not write; the error number is the system's, where the
+            library tells it, else that of a full disk.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told is None and TORCH_WRITER not in str(error):
+            raise
+        number = int(told[1]) if told else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def require_space(folder: Path, needed: int, *, what: str) -> None:
+    """Checks that a disk has room before work begins that will need it.
+
+    Args:
+        folder: where the files will lie.
+        needed: bytes.
+        what: what they are for.
+
+    Raises:
+        UserError: there is less room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. Free "
+            "some space, or choose another folder with RUN="
+        )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Returns the place of a file by a name that was written down by whoever made the folder.
+
+    Raises:
+        UserError: the name, or a link on the way, leads out of the folder.
+    """
+    path = Path(folder) / name
+    try:
+        leaves = not path.resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a NUL
+        leaves = True
+    if leaves:
+        raise UserError(
+            f"{folder}: the name {name!r} leads out of the folder, so it is not used. Get the "
+            "folder from its maker again, or delete it and make it anew"
+        )
+    return path
 
 
 def read_json(path: Path) -> Any:
@@ -86,6 +152,12 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record with the digest of all it holds, which shows that a byte was changed."""
+    parts = {name: part for name, part in record.items() if name != "sha256"}
+    return {**parts, "sha256": digest_of(parts)}
+
+
 def fsync(path: Path) -> None:
     """Waits until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -95,6 +167,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def settle(folder: Path, names: Iterable[str]) -> None:
+    """Waits until files of a folder are on the disk, by content and by name."""
+    files = [folder / name for name in names]
+    for path in [*files, *sorted({file.parent for file in files})]:
+        fsync(path)
+
+
 def plain(value: Any) -> Any:
     """Returns a dataclass, a path or a number of numpy or torch as plain JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -102,6 +181,35 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value.item()
+
+
+def faults(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns what is wrong with the files of a folder, by name: nothing when all are as recorded.
+
+    Files are read side by side, since hashlib lets other threads work meanwhile.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda item: _fault(folder / item[0], item[1]), recorded.items())
+        return {name: fault for name, fault in zip(recorded, found, strict=True) if fault}
+
+
+def _fault(path: Path, recorded: Mapping[str, Any]) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        same = path.stat().st_size == recorded["size"] and sha256_file(path) == recorded["sha256"]
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if same else "was altered"
+
+
+def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, prefix=f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The tokenizer: byte-level BPE training, the chat template, the one text path of all stages."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.cleaning import MARKERS
@@ -26,9 +27,6 @@ CHAT_TEMPLATE = """\
 """`<|role|>content<|end|>` for each message; a reply and its end lie between generation markers."""
 
 Prompt = str | Sequence[dict[str, str]]
-
-REFUSED = "the tokenizer or its chat template cannot read a text of the data"
-"""What is told of a template that fails, or that refuses a role or an order of roles."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> "Tokenizer":
@@ -67,12 +65,25 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> list[int]:
         tokenizer: any tokenizer with a chat template.
         prompt: a user's text, or messages that end with the user's.
     """
-    with told(REFUSED):
-        return list(
-            tokenizer.apply_chat_template(
-                messages_of(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
-            )
+    with rendering(tokenizer):
+        ids = tokenizer.apply_chat_template(
+            messages_of(prompt), tokenize=True, add_generation_prompt=True, return_dict=False
         )
+    return list(ids)
+
+
+@contextlib.contextmanager
+def rendering(tokenizer: "Tokenizer") -> Iterator[None]:
+    """Turns what a chat template fails at into one line; Transformers renders it in a sandbox.
+
+    Raises:
+        UserError: the template refuses the conversation, is broken, or reaches for Python.
+    """
+    with told(
+        f"{tokenizer.name_or_path}: its chat template fails",
+        mend="Mend chat_template.jinja there, or the rows that it refuses",
+    ):
+        yield
 
 
 def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, str]]) -> list[int]:
@@ -83,16 +94,25 @@ def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, s
         response: a text, or the assistant's message in a list of one.
     """
     text = response if isinstance(response, str) else response[0]["content"]
-    with told(REFUSED):
-        ids: list[int] = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    return [*tokens_of(tokenizer, [text.strip()])[0], tokenizer.eos_token_id]
+
+
+def tokens_of(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of texts as they stand, without special tokens.
+
+    Raises:
+        UserError: one is no text that a tokenizer reads: it holds half of a surrogate pair.
+    """
+    with told(f"{tokenizer.name_or_path}: its tokenizer fails", mend="Mend the rows of the data"):
+        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def encode_conversation(
     tokenizer: "Tokenizer", messages: Sequence[dict[str, str]]
 ) -> tuple[list[int], list[bool]]:
     """Returns a conversation's token ids, and True for each the assistant writes, EOS included."""
-    with told(REFUSED):
+    with rendering(tokenizer):
         encoded = tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )

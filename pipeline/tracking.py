@@ -15,14 +15,19 @@ UNTRACKED = ("data", "tokenizer", "report", "seeds")
 
 
 class Tracker:
-    """Sends metrics to a wandb run, or nowhere."""
+    """Sends metrics to a wandb run, or nowhere.
 
-    def __init__(self, tracker: Any = None) -> None:
-        self._tracker = tracker
+    A stage that goes on from a resume point takes some steps again, to the same figures. Those that
+    an earlier session has sent are not sent twice, so that the run continues.
+    """
+
+    def __init__(self, tracker: Any = None, *, sent: int = 0) -> None:
+        """Takes the last step that was sent before, of which a part may be missing."""
+        self._tracker, self._sent = tracker, sent
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends one row of metrics."""
-        if self._tracker is not None:
+        if self._tracker is not None and step >= self._sent:
             self._tracker.log(dict(metrics), step=step)
 
     def finish(self) -> None:
@@ -30,17 +35,18 @@ class Tracker:
         if self._tracker is None:
             return
         run = self._tracker.run
-        offline, folder = os.environ.get("WANDB_MODE") == "offline", Path(run.dir).parent
+        offline, folder = os.environ.get("WANDB_MODE") == "offline", Path(run.dir).parents[1]
         self._tracker.finish()
-        if offline:
-            log.info("wandb was offline; to upload this run: wandb sync %s", folder)
+        if offline:  # every session of the run wrote a folder of its own
+            log.info("wandb was offline; to upload this run: wandb sync %s/*-%s", folder, run.id)
 
 
-def open_tracker(config: StageConfig, *, stage: str, digest: str) -> Tracker:
+def open_tracker(config: StageConfig, *, stage: str, digest: str, sent: int = 0) -> Tracker:
     """Returns the configured tracker of a stage; wandb is offline when no key is configured.
 
     The run's identity is the digest of the stage's resume key, so an interrupted stage continues
-    the same wandb run. Call it after `distributed.setup`, which Accelerate's tracker needs.
+    the same wandb run, after the last step that was `sent`. Call it after `distributed.setup`,
+    which Accelerate's tracker needs.
     """
     if config.tracking == "none" or stage in UNTRACKED:
         return Tracker()
@@ -59,11 +65,12 @@ def open_tracker(config: StageConfig, *, stage: str, digest: str) -> Tracker:
         id=f"{stage}-{digest[:16]}",
         resume="allow",
         dir=str(folder.parent),
-        settings=wandb.Settings(silent=True, console="off"),
+        # No git: of a remote's address, wandb would write the name, where a token may stand.
+        settings=wandb.Settings(silent=True, console="off", disable_git=True),
     )
     tracker.start()
     tracker.store_init_configuration(config.content())
-    return Tracker(tracker)
+    return Tracker(tracker, sent=sent)
 
 
 def _key_is_configured() -> bool:

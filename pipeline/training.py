@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import require
 from pipeline.errors import UserError
+from pipeline.streams import short_stream
 
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -65,14 +66,12 @@ class Training:
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 100
     """Steps between two looks at the validation rows; 0 looks only at the end."""
-    save_every: int = 100
-    """Steps between two resume points, a multiple of log_every; 0 writes none."""
 
     def __post_init__(self) -> None:
         for name in ("minibatch_size", "microbatch_size", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"training.{name}: must be at least 1, got {value}")
-        for name in ("steps", "warmup_steps", "eval_every", "save_every", "max_grad_norm"):
+        for name in ("steps", "warmup_steps", "eval_every", "max_grad_norm"):
             value = getattr(self, name)
             require(value >= 0, f"training.{name}: must be at least 0, got {value}")
         for name in ("epochs", "learning_rate", "muon_learning_rate"):
@@ -86,11 +85,6 @@ class Training:
             value = getattr(self, name)
             message = f"training.{name}: must be one of {', '.join(allowed)}, got {value!r}"
             require(value in allowed, message)
-        require(
-            self.save_every % self.log_every == 0,
-            f"training.save_every: must be a multiple of log_every {self.log_every}, so that a "
-            f"resumed run logs the same means, got {self.save_every}",
-        )
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps over this many training rows."""
@@ -125,7 +119,7 @@ def trainer_arguments(
     """Returns keyword arguments of TrainingArguments or of one of TRL's subclasses.
 
     Rows come in the dataset's own order (`row_order` has shuffled them), so a resumed run reads
-    exactly the rows that are left. Evaluation and tracking are ours (`pipeline.fitting`).
+    exactly the rows that are left. Logs, evaluation and saving are ours (`pipeline.callbacks`).
     """
     import torch
 
@@ -142,10 +136,9 @@ def trainer_arguments(
         "max_grad_norm": training.max_grad_norm,
         "bf16": bf16,
         "use_cpu": not torch.cuda.is_available(),
-        "logging_steps": training.log_every,
+        "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if training.save_every else "no",
-        "save_steps": training.save_every or 500,
+        "save_strategy": "no",
         "eval_strategy": "no",
         "train_sampling_strategy": "sequential",
         "dataloader_drop_last": False,
@@ -155,8 +148,8 @@ def trainer_arguments(
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "report_to": "none",
-        "seed": seed,
-        "data_seed": seed,
+        "seed": short_stream(seed, "dropout"),
+        "data_seed": short_stream(seed, "dropout"),
     }
 
 

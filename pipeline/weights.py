@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, told
+from pipeline.pretrained import from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +35,13 @@ def load_whole(
         UserError: no model there, or its files hold no such weights.
     """
     with told(f"{path}: no model could be loaded from there"), _quiet():
-        model, info = auto_class.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        model, info = from_pretrained(
+            auto_class,
+            path,
+            weights=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     body = f"{model.base_model_prefix}."
     lacking = [

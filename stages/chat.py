@@ -18,10 +18,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, NoReturn
+from typing import Any
 
+from pipeline.command import Parser
 from pipeline.config import require
 from pipeline.errors import UserError
+from pipeline.terminal import printable, start_logging
 
 GAP = "  |  "
 
@@ -38,6 +40,8 @@ class Config:
     """Length limit of a reply."""
     seed: int = 1
     """Seed of the replies; both models draw with the same numbers."""
+    trust_remote_code: tuple[str, ...] = ()
+    """Those of the folders whose own Python code may run; none unless named."""
 
     def __post_init__(self) -> None:
         require(1 <= len(self.models) <= 2, f"--models: one or two folders, got {len(self.models)}")
@@ -93,8 +97,10 @@ def load(config: Config) -> list[Speaker]:
     from transformers.utils.logging import disable_progress_bar
 
     from pipeline.evaluation.sampling import load_any
+    from pipeline.pretrained import permit
 
     disable_progress_bar()
+    permit(config.trust_remote_code)
     speakers = []
     for path in config.models:
         model, tokenizer = load_any(path)
@@ -104,11 +110,6 @@ def load(config: Config) -> list[Speaker]:
         )
         speakers.append(Speaker(name=path.rstrip("/"), model=model, tokenizer=tokenizer))
     return speakers
-
-
-def printable(text: str) -> str:
-    """Returns the text without what would steer the terminal: a model may write any byte."""
-    return "".join(sign if sign.isprintable() or sign.isspace() else "?" for sign in text)
 
 
 def columns(texts: Sequence[str], *, width: int) -> str:
@@ -150,14 +151,9 @@ def converse(
     write("\n")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. Try: python -m stages.chat --help")
-
-
 def parse(argv: Sequence[str] | None) -> Config:
     """Returns the configuration of a command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m stages.chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -170,8 +166,16 @@ def parse(argv: Sequence[str] | None) -> Config:
         "--max_response_tokens", type=int, default=64, help="length limit of a reply (64)"
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the replies (1)")
+    parser.add_argument(
+        "--trust_remote_code",
+        nargs="+",
+        default=(),
+        metavar="FOLDER",
+        help="those of the models whose own Python code may run, once you have read it",
+    )
     values = vars(parser.parse_args(argv))
-    return Config(**values | {"models": tuple(values["models"])})
+    folders = {name: tuple(values[name]) for name in ("models", "trust_remote_code")}
+    return Config(**values | folders)
 
 
 def run(config: Config) -> None:
@@ -186,7 +190,7 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of the command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    start_logging(logging.WARNING)
     try:
         run(parse(argv))
     except UserError as error:

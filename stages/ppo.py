@@ -14,11 +14,12 @@ Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
 from pipeline.command import command
-from pipeline.config import StageConfig, require
+from pipeline.config import require
 from pipeline.distributed import setup, world_size
 from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
@@ -33,8 +34,10 @@ from pipeline.ppo.settings import (
     Wanted,
     check_roles,
 )
-from pipeline.ppo.sources import Loader, open_source
+from pipeline.ppo.sources import Loader, open_source, outside_sources
 from pipeline.progress import progress
+from pipeline.saving import Saving, TrainingConfig
+from pipeline.stopping import keep_pace
 from pipeline.storage import read_jsonl
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ GUARD = "reward_guard"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageConfig):
+class Config(TrainingConfig):
     """Settings of the ppo stage."""
 
     updates: int = 60
@@ -94,15 +97,15 @@ class Config(StageConfig):
     """A second reward model that watches for over-optimisation."""
     keep_rollout_every: int = 0
     """Looks at validation between two rollouts kept for the report, token by token; 0: none."""
-    save_every: int = 10
-    """Updates between two resume points."""
+    saving: Saving = field(default_factory=lambda: Saving(every=10))
+    """Resume points, by updates, and how the stage stops."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = (
             "updates", "prompts_per_update", "minibatch_size", "microbatch_size",
             "max_prompt_tokens", "max_response_tokens", "temperature", "validate_every",
-            "validation_prompts", "save_every",
+            "validation_prompts",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -156,6 +159,10 @@ class Config(StageConfig):
             normalise=self.reward.normalise,
             longest=self.longest,
         )
+
+    def outside(self, stage: str) -> dict[str, Path]:  # noqa: ARG002 - its names hold none
+        """The sources of its reward that are no stages of the run."""
+        return outside_sources(self.reward.used_sources)
 
     def judges(self, update: int) -> bool:
         """Returns whether the guard judges the look after so many updates."""
@@ -264,6 +271,7 @@ def build_trainer(
 
 def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "Validation") -> None:
     """Runs the updates that are left, with validation and resume points on the way."""
+    stage.require_space(trainer.moved_bytes, trainer.moved_bytes)
     point = stage.latest_point()
     steered = config.kl.controller == "adaptive"
     diagnoser = Diagnoser(kl_target=config.kl.target if steered else None)
@@ -281,19 +289,23 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
     else:
         look(0)
     left = range(done, config.updates)
-    for number in progress(left, total=config.updates, description="ppo", initial=done):
-        if validation.watch is not None and validation.watch.ends:
-            break
-        outcome = trainer.update(number)
-        update = number + 1
-        stage.log(update, diagnoser.read(outcome.metrics, update=update))
-        stage.log_timings(update, outcome.timings)
-        if update % config.validate_every == 0 or update == config.updates:
-            look(update)
-        if config.keeps(update) and stage.is_main:
-            keep_rollout(stage.path, outcome, update=update, tokenizer=validation.tokenizer)
-        if update % config.save_every == 0 or update == config.updates:
-            stage.save_point(update, trainer.save)
+    with keep_pace(config.saving, stage="ppo") as pace:
+        for number in progress(left, total=config.updates, description="ppo", initial=done):
+            if validation.watch is not None and validation.watch.ends:
+                break
+            outcome = trainer.update(number)
+            update = number + 1
+            stage.log(update, diagnoser.read(outcome.metrics, update=update))
+            stage.log_timings(update, outcome.timings)
+            if update % config.validate_every == 0 or update == config.updates:
+                look(update)
+            if config.keeps(update) and stage.is_main:
+                keep_rollout(stage.path, outcome, update=update, tokenizer=validation.tokenizer)
+            due = pace.after(update)
+            if due.save or update == config.updates:
+                stage.save_point(update, trainer.save)
+            if due.stop:
+                stage.stop(update, pace.asked_by)
 
 
 def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> None:

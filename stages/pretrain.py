@@ -8,16 +8,24 @@ Command make pretrain RECIPE=cpu ARGS="--training.steps=500"
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.architecture import Architecture
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
-from pipeline.config import StageConfig, require
+from pipeline.config import require
 from pipeline.corpus import Corpus, read_corpus, stack
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
-from pipeline.origin import Origin, load_origin_tokenizer, locate
+from pipeline.origin import (
+    Origin,
+    load_origin_tokenizer,
+    local_origin,
+    locate,
+    outside_parents,
+)
+from pipeline.saving import TrainingConfig
 from pipeline.spacing import evenly_spaced
 from pipeline.training import Training, row_order, trainer_arguments
 
@@ -33,7 +41,7 @@ DROPOUTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageConfig):
+class Config(TrainingConfig):
     """Settings of the pretrain stage."""
 
     architecture: Architecture = field(default_factory=Architecture)
@@ -72,6 +80,10 @@ class Config(StageConfig):
         for name in ("dropout", "label_smoothing"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
+
+    def outside(self, stage: str) -> dict[str, Path]:
+        """The model to go on from, where it lies on this disk."""
+        return local_origin(self.init_from, stage=stage)
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps over this many training rows."""
@@ -222,7 +234,7 @@ def train_and_validate(
         trainer,
         run,
         validate=lambda: validate(config.eval_rows),
-        eval_every=config.training.eval_every,
+        training=config.training,
         tokens_per_step=float(config.training.minibatch_size * config.sequence_length),
     )
     final = validate(len(validation.rows))
@@ -324,7 +336,7 @@ def run(config: Config) -> None:
     device = setup(config).device
     data = open_artifact(config.folder("data"), kind="dataset")
     vocabulary = open_artifact(config.folder("tokenizer"), kind="tokenizer")
-    parents = {"data": data, "tokenizer": vocabulary}
+    parents = {"data": data, "tokenizer": vocabulary} | outside_parents(config, "pretrain")
     with begin(config, stage="pretrain", kind="causal-lm", parents=parents) as stage_run:
         from pipeline.models import choose_precision, load_tokenizer
 

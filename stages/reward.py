@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.command import command
 from pipeline.distributed import setup
+from pipeline.origin import outside_parents
 from pipeline.reward.settings import RewardConfig
 
 PARENTS = {"data": "dataset", "sft": "causal-lm"}
@@ -27,7 +28,7 @@ def run(config: Config) -> None:
     setup(config)
     parents = {
         name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
-    }
+    } | outside_parents(config, "reward")
     with begin(config, stage="reward", kind="reward", parents=parents) as stage:
         from pipeline.reward.making import make_reward_model
 

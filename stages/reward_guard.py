@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.command import command
 from pipeline.distributed import setup
+from pipeline.origin import outside_parents
 from pipeline.reward.settings import RewardConfig
 
 PARENTS = {"data": "dataset", "sft": "causal-lm"}
@@ -29,7 +30,7 @@ def run(config: Config) -> None:
     setup(config)
     parents = {
         name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
-    }
+    } | outside_parents(config, "reward_guard")
     with begin(config, stage="reward_guard", kind="reward", parents=parents) as stage:
         from pipeline.reward.making import make_reward_model
 

@@ -15,11 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.distributed import num_cores
 from pipeline.errors import UserError
+from pipeline.stopping import Terminated
 from pipeline.storage import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -86,7 +89,12 @@ def run_seed(config: Config, seed: int) -> None:
 def run(config: Config) -> None:
     """Runs every seed and writes the table."""
     with ThreadPoolExecutor(max_workers=config.parallel) as pool:
-        list(pool.map(lambda seed: run_seed(config, seed), config.seeds))
+        try:
+            list(pool.map(lambda seed: run_seed(config, seed), config.seeds))
+        except Terminated:  # Ctrl-C has reached them by itself
+            for started in psutil.Process().children():
+                started.terminate()
+            raise
     from pipeline.evaluation.seeds import (
         INTERVAL,
         pooled_win_rate,

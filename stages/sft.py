@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
-from pipeline.config import StageConfig, require
+from pipeline.config import require
 from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, Example, Examples, collate, read_examples
 from pipeline.lora import LoRA, quantisation, with_adapter
+from pipeline.saving import TrainingConfig
 from pipeline.spacing import evenly_spaced
+from pipeline.streams import stream
 from pipeline.training import Training, padding_frac, row_order, trainer_arguments
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageConfig):
+class Config(TrainingConfig):
     """Settings of the sft stage."""
 
     max_length: int = 128
@@ -147,7 +149,10 @@ def write_samples(
         return
     prompts = [_prompt_of(row) for row in chosen]
     numbers = uniforms(
-        config.seed, update=0, rows=list(range(len(chosen))), positions=config.sample_tokens
+        stream(config.seed, "samples"),
+        update=0,
+        rows=list(range(len(chosen))),
+        positions=config.sample_tokens,
     )
     replies = generate(
         model.eval(),
@@ -217,7 +222,7 @@ def train_and_validate(
         trainer,
         run,
         validate=lambda: validate(config.eval_rows),
-        eval_every=config.training.eval_every,
+        training=config.training,
         tokens_per_step=_num_tokens(ordered) / trainer.args.max_steps,
     )
     base = run.parents["pretrain"].path

@@ -18,6 +18,7 @@ from pipeline.config import StageConfig, require
 from pipeline.data.formats import read_rows, row_texts
 from pipeline.distributed import only_main
 from pipeline.errors import UserError
+from pipeline.origin import local_origin, outside_parents
 from pipeline.tokenizer import (
     SMALLEST_VOCABULARY,
     decode_response,
@@ -59,6 +60,10 @@ class Config(StageConfig):
             bool(self.init_from) or not self.drop_default_system,
             "drop_default_system: only with init_from; our own template inserts no system message",
         )
+
+    def outside(self, stage: str) -> dict[str, Path]:
+        """The model whose tokenizer is taken, where it lies on this disk."""
+        return local_origin(self.init_from, stage=stage)
 
 
 def _texts(folder: Path, row_types: Sequence[str], *, split: str) -> list[str]:
@@ -138,7 +143,8 @@ def run(config: Config) -> None:
     if not only_main(config):
         return
     data = open_artifact(config.folder("data"), kind="dataset")
-    with begin(config, stage="tokenizer", kind="tokenizer", parents={"data": data}) as stage:
+    parents = {"data": data} | outside_parents(config, "tokenizer")
+    with begin(config, stage="tokenizer", kind="tokenizer", parents=parents) as stage:
         tokenizer, mended = _make(config, data.path)
         measured = _measure(tokenizer, _texts(data.path, config.rows[:1], split="validation"))
         summary = {"vocabulary_size": len(tokenizer), "mended": list(mended), **measured}

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.security.secrets import PLANTED, found_in
+
 STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report"]
 TIMEOUT_SECONDS = 600
 
 
 def environment() -> dict[str, str]:
-    """Ours without what an outer make or a tracker's account would change."""
+    """Ours without what an outer make or a tracker's account would change, with secrets in it."""
     dropped = ("MAKE", "MFLAGS", "WANDB_", "RANK", "WORLD_SIZE")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    return inherited | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    return inherited | PLANTED | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 def command(*words: str) -> list[str]:
@@ -67,6 +69,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = make(folder)
     assert result.returncode == 0, result.stderr[-3000:]
     assert closing_lines(result) == STAGES
+    (folder / "runs" / "make.log").write_text(result.stdout + result.stderr)
     return folder
 
 
@@ -76,6 +79,11 @@ def test_every_stage_leaves_a_complete_folder(checkout):
         assert content(checkout, stage)["stage"] == stage
         assert (folder / "README.md").read_text().startswith("# ")
         assert not list(folder.rglob("*.tmp"))
+
+
+def test_no_secret_of_the_environment_is_written(checkout):
+    assert (checkout / "runs" / "make.log").stat().st_size > 0
+    assert not found_in(checkout / "runs")
 
 
 def test_the_page_needs_no_network(checkout):
@@ -110,6 +118,19 @@ def test_a_second_make_runs_nothing_and_says_so_in_one_line(checkout):
     assert result.returncode == 0
     assert result.stderr == ""
     assert result.stdout == "make: Nothing to be done for 'all'.\n"
+
+
+def test_the_lineage_of_a_finished_run_is_good_wherever_it_lies(checkout, tmp_path):
+    copy = shutil.copytree(checkout / "runs" / "smoke", tmp_path / "copy")
+    for words in ([], [f"RUN={copy}"]):
+        result = make(checkout, "lineage", *words)
+        assert result.returncode == 0, result.stdout
+        assert result.stdout.endswith("MiB: all good\n")
+    (copy / "sft" / "config.json").write_text("{}")
+    result = make(checkout, "lineage", f"RUN={copy}")
+    assert result.returncode == 2  # make's own; the command's was 1
+    assert "altered: config.json was altered" in result.stdout
+    assert planned(checkout) == []
 
 
 def test_a_touched_yaml_reruns_exactly_what_depends_on_it(checkout):

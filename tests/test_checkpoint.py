@@ -11,6 +11,7 @@ import pytest
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
+from pipeline.stopping import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -221,10 +222,33 @@ def test_a_damaged_point_is_named_and_the_one_before_is_taken(damage, caplog):
     assert [row["step"] for row in rows()] == [1, 2, 3, 4]
 
 
-def test_points_of_another_configuration_are_not_used(caplog):
+def test_points_of_other_settings_are_thrown_away_only_when_told_so():
     with pytest.raises(Killed):
         interrupted(1, 2, 3, stop=2)
-    assert interrupted(1, 2, 3, stop=9, seed=5) == 0
+    with pytest.raises(
+        UserError, match=r"step-2 was made with other settings \(seed: 1 .* FORCE=1"
+    ):
+        interrupted(1, 2, 3, stop=9, seed=5)
+    assert [row["step"] for row in rows()] == [1, 2, 3]
+    assert interrupted(1, 2, 3, stop=9, seed=5, force=True) == 0
+
+
+def test_points_of_other_parents_are_not_used(caplog):
+    parents = {"sft": make()}
+
+    def run(stop):
+        with begin(config(), stage="ppo", kind="causal-lm", parents=parents) as stage:
+            found = stage.latest_point()
+            stage.save_point(1, lambda folder: (folder / "a").write_text("a", encoding="utf-8"))
+            if stop:
+                raise Killed
+            stage.finish("done", chosen={}, summary={}, card="")
+        return found
+
+    with pytest.raises(Killed):
+        run(stop=True)
+    parents = {"sft": make(text="others", force=True)}
+    assert run(stop=False) is None
     assert any("belongs to another configuration" in line for line in caplog.messages)
 
 
@@ -235,3 +259,84 @@ def test_a_half_written_point_is_ignored():
     half.mkdir()
     (half / "count").write_text("2", encoding="utf-8")
     assert interrupted(1, 2, 3, stop=9) == 1
+
+
+def test_a_finished_result_stays_until_another_takes_its_place():
+    before = make(text="first")
+    folder = before.path
+    with (
+        pytest.raises(UserError, match="too long"),
+        begin(config(force=True), stage="sft", kind="causal-lm", parents={}) as run,
+    ):
+        assert not (folder / "manifest.json").exists()
+        (run.path / "model.txt").write_text("half", encoding="utf-8")
+        raise UserError("too long")
+    assert open_artifact(folder, kind="causal-lm").digest == before.digest
+    assert make(text="second", force=True).digest != before.digest
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["sft"]
+
+
+def test_a_full_disk_leaves_nothing_half_made_and_the_former_result():
+    before = make()
+    with (
+        pytest.raises(OSError, match="No space left"),
+        begin(config(force=True), stage="sft", kind="causal-lm", parents={}),
+    ):
+        raise OSError(28, "No space left on device")
+    assert open_artifact(before.path, kind="causal-lm").digest == before.digest
+
+
+def test_a_stage_folder_that_is_a_link_stays_one(tmp_path):
+    elsewhere = tmp_path / "scratch" / "sft"
+    elsewhere.mkdir(parents=True)
+    Path("runs/cpu").mkdir(parents=True)
+    Path("runs/cpu/sft").symlink_to(elsewhere)
+    make(text="first")
+    make(text="second", force=True)
+    assert Path("runs/cpu/sft").is_symlink()
+    assert (elsewhere / "model.txt").read_text() == "second"
+
+
+def test_any_flipped_bit_of_a_manifest_is_seen():
+    path = make().path / "manifest.json"
+    text = path.read_bytes()
+    for place in range(len(text)):
+        data = bytearray(text)
+        data[place] ^= 1
+        path.write_bytes(bytes(data))
+        if text[place : place + 1] not in b" \n":  # white space says nothing
+            with pytest.raises(
+                UserError, match=r"manifest.json|is missing|was altered|is a .*folder"
+            ):
+                open_artifact(path.parent, kind="causal-lm")
+    path.write_bytes(text)
+    assert open_artifact(path.parent, kind="causal-lm").stage == "sft"
+
+
+def test_room_for_points_and_result_is_checked_before_training(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 9e9))
+    with begin(config(), stage="sft", kind="causal-lm", parents={}) as run:
+        # Two points and one in the making, of three copies each, and the model: 10 GB.
+        run.require_space(1_000_000_000, 0)
+        with pytest.raises(UserError, match=r"need 10.00 GB and 9.00 GB are free. Free some space"):
+            run.require_space(1_000_000_000, 1_000_000_000)
+        run.finish("done", chosen={}, summary={}, card="")
+
+
+def test_a_stage_that_is_asked_to_stop_goes_on_from_its_point():
+    with (
+        pytest.raises(Stopped, match="SIGTERM: stopped after step 1, which is saved"),
+        begin(config(), stage="sft", kind="causal-lm", parents={}) as run,
+    ):
+        run.save_point(1, lambda path: (path / "a").write_text("a", encoding="utf-8"))
+        run.stop(1, "SIGTERM")
+    with begin(config(), stage="sft", kind="causal-lm", parents={}) as run:
+        assert run.latest_point() == (1, run.path / "checkpoints" / "step-1")
+        run.finish("done", chosen={}, summary={}, card="")
+
+
+def test_a_stage_at_work_locks_its_folder_and_a_finished_one_does_not():
+    with begin(config(), stage="sft", kind="causal-lm", parents={}) as run:
+        assert json.loads(Path("runs/cpu/.sft.lock").read_text())["pid"] == os.getpid()
+        run.finish("done", chosen={}, summary={}, card="")
+    assert Path("runs/cpu/.sft.lock").read_text() == ""

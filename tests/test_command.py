@@ -1,12 +1,16 @@
 """The command line: exit codes, and one line for what a user can mend."""
 
 import errno
+import os
+import signal
+import time
 
 import pytest
 
-from pipeline.command import command
+from pipeline.command import INTERRUPTED, TERMINATED, command
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
+from pipeline.stopping import STOPPED, Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +94,34 @@ def test_another_process_speaks_after_the_main_one(monkeypatch, caplog):
     monkeypatch.setattr("pipeline.command.time.sleep", waited.append)
     code, lines = outcome(UserError("only here"), caplog)
     assert (code, lines, waited) == (2, ["toy: only here"], [5.0])
+
+
+def test_an_operation_that_is_never_deterministic_is_one_line(caplog):
+    text = "kthvalue CUDA does not have a deterministic implementation, but you set ... You can"
+    code, lines = outcome(RuntimeError(text), caplog)
+    assert code == 2
+    assert lines[0].startswith("toy: kthvalue CUDA does not have a deterministic implementation")
+    assert lines[0].endswith("Set deterministic to false")
+    with pytest.raises(RuntimeError, match="shapes"):
+        outcome(RuntimeError("shapes do not fit"), caplog)
+
+
+def test_a_stage_that_was_asked_to_stop_says_so_with_a_code_of_its_own(caplog):
+    code, lines = outcome(Stopped("SIGTERM: stopped after step 3"), caplog)
+    assert (code, lines) == (STOPPED, ["toy: SIGTERM: stopped after step 3"])
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, INTERRUPTED)]
+)
+def test_a_signal_where_nothing_is_to_be_saved_ends_the_stage(number, code, caplog):
+    def run(config: StageConfig) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command(StageConfig, run, [], stage="toy") == code == 128 + number
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caplog.records[-1].getMessage().startswith("toy: interrupted; the same command goes on")

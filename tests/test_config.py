@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pipeline.config import StageConfig, load, overrides, require
+from pipeline.config import StageConfig, load, overrides, portable, require
 from pipeline.errors import UserError
 
 
@@ -89,3 +89,13 @@ def test_help_lists_every_field_with_its_docstring(recipe, capsys):
     text = " ".join(printed.split())
     assert "Some size. (type: int, default: 7)" in text
     assert "--inner.coef COEF Coefficient." in text
+
+
+def test_absolute_paths_are_recorded_by_their_last_name():
+    setting = {"path": "/home/me/rows.jsonl", "sources": [{"model": "/models/judge"}], "size": 7}
+    assert portable(setting) == {
+        "path": "rows.jsonl",
+        "sources": [{"model": "judge"}],
+        "size": 7,
+    }
+    assert portable(("my/rows.jsonl", "owner/name")) == ("my/rows.jsonl", "owner/name")

@@ -37,3 +37,13 @@ def test_other_processes_leave_the_work_to_the_main_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert not distributed.only_main(StageConfig(num_processes=2))
+
+
+def test_deterministic_asks_torch_for_algorithms_that_are():
+    import torch
+
+    try:
+        distributed.setup(StageConfig(deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -170,7 +170,7 @@ def test_run_names_the_folder(checkout):
 
 def test_several_processes_go_through_the_launcher(checkout):
     result = make(checkout, "-n", "data", "NPROC=2")
-    assert "ACCELERATE_USE_CPU=1 ./python -m pipeline.launch 2 stages.data" in result.stdout
+    assert "env ACCELERATE_USE_CPU=1 ./python -m pipeline.launch 2 stages.data" in result.stdout
     assert "--num_processes=2" in result.stdout
 
 
@@ -234,21 +234,30 @@ def test_a_python_without_venv_is_told_in_one_line(checkout):
     assert line.startswith("python3 lacks the modules venv and ensurepip. Install them")
 
 
-def test_seeds_and_chat_hand_on_what_they_are_told(checkout):
+def test_seeds_lineage_and_chat_hand_on_what_they_are_told(checkout):
     make(checkout, "seeds", "SEEDS=4 5", "NPROC=2", "ARGS=--parallel=2")
     assert calls(checkout) == [
         "-m stages.seeds --recipe=tiny --run=runs/tiny --num_processes=2 --seeds=[4,5] --parallel=2"
     ]
+    make(checkout, "lineage", "RUN=a/run", "ARGS=--json")
+    assert calls(checkout) == ["-m stages.lineage --recipe=tiny --run=a/run --json"]
     make(checkout, "chat")
     make(checkout, "chat", "MODELS=a b")
     assert calls(checkout) == ["-m stages.chat --models a b"]
 
 
+def test_the_crash_test_is_told_kills_seed_and_stages(checkout):
+    make(checkout, "crash-test", "KILLS=7", "SEED=3", "STAGES=sft ppo", "ARGS=--trial 2")
+    assert calls(checkout) == ["-m benchmarks.crash --kills=7 --seed=3 --stages sft ppo --trial 2"]
+
+
 def test_help_names_every_target_and_variable(checkout):
     words = make(checkout, "help").stdout.split()
-    for target in ["all", *STAGES, "seeds", "chat", "test", "check", "format", "help", "gpu-check"]:
+    tools = ["seeds", "lineage", "chat", "test", "check", "format", "help", "gpu-check"]
+    for target in ["all", *STAGES, *tools, "crash-test"]:
         assert target in words
-    for variable in ("RECIPE", "RUN", "ARGS", "FORCE", "NPROC", "SEEDS", "PYTHON", "MODELS"):
+    variables = ("RECIPE", "RUN", "ARGS", "FORCE", "NPROC", "SEEDS", "PYTHON", "MODELS", "KILLS")
+    for variable in (*variables, "SEED"):
         assert variable in words
 
 
@@ -256,3 +265,10 @@ def test_gpu_check_says_plainly_that_there_is_none(checkout):
     pretend(checkout, "nogpu", "exit 1")
     result = make(checkout, "gpu-check", python="PYTHON=bin/nogpu")
     assert result.stdout == "gpu-check: no GPU here, nothing was tested\n"
+
+
+def test_a_deadline_reaches_the_stages_that_save(checkout):
+    make(checkout, "reward_guard", "reward", "DEADLINE=1234")
+    told = [call.split()[0] for call in calls(checkout) if "--saving.deadline=1234" in call]
+    assert len(calls(checkout)) == 6
+    assert len(told) == 4

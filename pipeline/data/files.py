@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import require
+from pipeline.config import portable, require
 from pipeline.data.cleaning import has_marker
 from pipeline.data.formats import Row, check_row, row_texts
 from pipeline.data.sources import Source
 from pipeline.data.splits import Split
 from pipeline.data.tables import parquet_rows
-from pipeline.errors import UserError, reason_of
+from pipeline.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 LONGEST_CELL = 2**30
 """Signs of one cell of a CSV file; Python's own limit of 131,072 is less than a long document."""
+HUB_FORMATS = ("arrow", "csv", "json", "parquet", "text")
+"""Formats of a hub data set that hold text alone, by the names of datasets' builders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class OwnRows:
     path: str = ""
     """Local file: .jsonl (one object per line), .csv (a header line) or .parquet."""
     hub: str = ""
-    """Hub data set read with datasets.load_dataset, such as owner/name."""
+    """Hub data set as datasets.load_dataset names it, such as owner/name."""
     hub_config: str = ""
     """Configuration of the hub data set; its default one when empty."""
     hub_split: str = "train"
@@ -67,7 +69,7 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
     """
     raw = _local_rows(Path(own.path)) if own.path else _hub_rows(own)
     source = Source(
-        origin=own.path or f"hub: {own.hub} {own.hub_config}".strip(),
+        origin=portable(own.path) or f"hub: {own.hub} {own.hub_config}".strip(),
         version="" if own.path else own.revision,
         sha256=file_digest(own),
         licence=own.licence,
@@ -83,7 +85,7 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
         else:
             rows.append(row)
     if not rows:
-        raise UserError(f"{source.origin}: no {row_type} rows in it")
+        raise UserError(f"{own.path or source.origin}: no {row_type} rows in it")
     return rows, source
 
 
@@ -116,7 +118,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON ({reason_of(error)})") from error
+                raise UserError(f"{where}: not JSON ({first_line(error)})") from error
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -146,17 +148,30 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _hub_rows(own: OwnRows) -> Iterator[tuple[str, Any]]:
     import datasets
+    import yaml
+    from datasets.exceptions import DatasetsError
 
     try:
-        rows = datasets.load_dataset(
-            own.hub, own.hub_config or None, split=own.hub_split, revision=own.revision
+        builder = datasets.load_dataset_builder(
+            own.hub, own.hub_config or None, revision=own.revision
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # Not found, no network, no such configuration or split, files that cannot be read.
-        reason = reason_of(error)
+        _check_format(builder.name, own.hub)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=own.hub_split)
+    except (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError) as error:
+        # Not found, no network, no such configuration or split, a loading script, a broken file.
+        reason = first_line(error)
         raise UserError(f"cannot load the hub data set {own.hub} ({reason})") from error
     for number, row in enumerate(rows, start=1):
         yield f"{own.hub} row {number}", row
+
+
+def _check_format(name: str, hub: str) -> None:
+    """Refuses files that are not rows of text: some of their kinds hold pickles."""
+    require(
+        name in HUB_FORMATS,
+        f"the hub data set {hub} is made of {name} files; only {', '.join(HUB_FORMATS)} are read",
+    )
 
 
 def _check_alike(row: Row, first: Row, *, where: str) -> None:

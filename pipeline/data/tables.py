@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, reason_of
+from pipeline.errors import UserError, first_line
 
 Row = dict[str, Any]
 
@@ -24,7 +24,7 @@ def parquet_rows(path: Path) -> list[Row]:
     except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the file
-        raise UserError(f"{path} is not a Parquet file that can be read ({reason_of(error)})") from error
+        raise UserError(f"{path} is not a Parquet file that can be read ({first_line(error)})") from error
     return rows
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.checkpoint import MANIFEST, open_artifact
+from pipeline.checkpoint import open_artifact
 from pipeline.errors import UserError, told
 from pipeline.evaluation.prompt_files import Prompt
+from pipeline.manifest import MANIFEST
 from pipeline.models import load_causal_lm
 from pipeline.ppo.rollout import generate, uniforms
+from pipeline.pretrained import from_pretrained
 from pipeline.progress import progress
-from pipeline.tokenizer import REFUSED, decode_response, encode_prompt
+from pipeline.streams import stream
+from pipeline.tokenizer import decode_response, encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,10 @@ def sample(
     """
     eos_id = int(tokenizer.eos_token_id)
     numbers = uniforms(
-        sampling.seed, update=draw, rows=list(rows), positions=sampling.max_response_tokens
+        stream(sampling.seed, "evaluate"),
+        update=draw,
+        rows=list(rows),
+        positions=sampling.max_response_tokens,
     )
     with torch.inference_mode():
         sampled = generate(
@@ -99,7 +105,7 @@ def load_any(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(f"{path} is no folder of a causal language model: it has no config.json")
     model = load_causal_lm(path)
     with told(f"{path}: no tokenizer could be loaded from there"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so replies would never end")
     return model, tokenizer
@@ -152,7 +158,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if tokenizer.chat_template is not None:
         return encode_prompt(tokenizer, prompt)
     if isinstance(prompt, str):
-        with told(REFUSED):
+        with told("generate.prompts: the tokenizer fails"):
             return list(tokenizer(prompt).input_ids)
     raise UserError("generate.prompts: a conversation needs a model whose tokenizer has a template")
 

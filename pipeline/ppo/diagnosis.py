@@ -5,8 +5,8 @@ each one means and what to do about it stands in docs/diagnosis.md.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -41,34 +41,56 @@ GUARD_LOOKS = 2
 """Looks at validation in a row that must agree."""
 
 
+class Windows:
+    """The first and the last window of a metric, whatever number of values came between.
+
+    Attributes:
+        count: values so far.
+        first: the first window.
+        last: the last window.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[float] = []
+        self.last: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, value: float) -> None:
+        """Takes in one value."""
+        self.count += 1
+        self.last.append(value)
+        if len(self.first) < WINDOW:
+            self.first.append(value)
+
+
 class Course:
     """The metrics logged so far, by name.
 
     Attributes:
         kl_target: KL per response in nats that a controller steers to; None when none does.
-        values: every metric's values.
+        windows: every metric's.
         looks: those that the guard judged.
     """
 
     def __init__(self, *, kl_target: float | None = None) -> None:
         self.kl_target = kl_target
-        self.values: dict[str, list[float]] = defaultdict(list)
+        self.windows: dict[str, Windows] = defaultdict(Windows)
         self.looks: list[Look] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Takes in one row of metrics."""
         for name, value in row.items():
-            self.values[name].append(value)
+            self.windows[name].add(float(value))
         if "guard/score" in row:
             self.looks.append((row["guard/score"], row["validation/score"]))
 
     def start(self, name: str) -> float:
         """Returns a metric's mean over the first window."""
-        return fmean(self.values[name][:WINDOW])
+        return fmean(self.windows[name].first)
 
-    def now(self, name: str) -> list[float]:
+    def now(self, name: str) -> Sequence[float]:
         """Returns a metric's last window."""
-        return self.values[name][-WINDOW:]
+        return self.windows[name].last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +117,7 @@ class Rule:
 
     def holds(self, course: Course) -> bool:
         """Returns whether the course so far shows it."""
-        return len(course.values[self.metric]) >= self.wait and self.shown_by(course)
+        return course.windows[self.metric].count >= self.wait and self.shown_by(course)
 
 
 def _length_drifted(course: Course) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from pipeline.ppo.rollout import stream
+from pipeline.streams import stream
 
 
 def permutation(seed: int, name: str, *numbers: int, size: int) -> Int[np.ndarray, " size"]:

@@ -1,6 +1,5 @@
 """Batched generation: temperature sampling by inverse CDF, with one uniform per token."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,6 @@ from pipeline.sequences import wide
 
 COMPACT_AT = 0.75
 """Finished rows leave the batch once no more than this share of it is still being generated."""
-
-
-def stream(seed: int, name: str) -> int:
-    """Returns the seed of a named random stream, so that streams never share numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
 
 
 def uniforms(

@@ -23,6 +23,7 @@ from pipeline.lora import (
     ADAPTER,
     LoRA,
     adapter_config,
+    check_adapter,
     merged,
     quantisation,
     quiet_about_old_names,
@@ -30,6 +31,8 @@ from pipeline.lora import (
 )
 from pipeline.models import load_causal_lm
 from pipeline.ppo.experience import Roles
+from pipeline.pretrained import from_pretrained
+from pipeline.streams import stream
 
 HEAD = "base_model.model.score.weight"
 """Name of a classifier's head in the file of its adapter."""
@@ -102,6 +105,7 @@ class SharedBase:
 
     def add(self, name: str, adapter: Path, *, moves: bool) -> None:
         """Puts the adapter of a folder in beside the others."""
+        check_adapter(adapter)
         config = PeftConfig.from_pretrained(adapter)
         config.modules_to_save = None  # the role holds its head itself
         self.peft.add_adapter(name, config)
@@ -189,7 +193,9 @@ class AdaptedScorer:
         base.add(adapter, source / ADAPTER, moves=moves)
         self.base, self.adapter, self.source = base, adapter, source
         attention = attention_of(base.model.config)
-        self.config = AutoConfig.from_pretrained(source, attn_implementation=attention)
+        self.config = from_pretrained(
+            AutoConfig, source, weights=False, attn_implementation=attention
+        )
         self.device = base.model.device
         head = load_file(source / ADAPTER / "adapter_model.safetensors")[HEAD]
         self.score = nn.Linear(head.shape[1], 1, bias=False, device=self.device)
@@ -260,7 +266,7 @@ def share_base(
         f"roles: lora needs {reward / ADAPTER}. Set lora.rank in the recipe's reward.yaml and run "
         "make reward again, or set roles to separate",
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, "adapter"))
     base = SharedBase(sft, lora=lora, device=device)
     value = AdaptedScorer(base, adapter="value", source=reward, moves=True) if critic else None
     return Roles(

@@ -34,20 +34,29 @@ def open_source(source: Source, *, folder: Callable[[str], Path]) -> tuple[str, 
     Raises:
         UserError: the stage is not finished, or there is no such folder or module.
     """
-    from pipeline.ppo.functions import function_file
-
     if source.is_stage:
         return source.model, open_artifact(folder(source.model), kind="reward")
-    name = f"score/{source.label}"
+    kind = "function" if source.function else "reward"
+    return f"score/{source.label}", foreign_artifact(_place_of(source), kind=kind)
+
+
+def outside_sources(sources: Sequence[Source]) -> dict[str, Path]:
+    """Returns where the sources from outside the run lie, by their names as parents."""
+    return {f"score/{one.label}": _place_of(one) for one in sources if not one.is_stage}
+
+
+def _place_of(source: Source) -> Path:
+    from pipeline.ppo.functions import function_file
+
     if source.function:
-        return name, foreign_artifact(function_file(source.function), kind="function")
+        return function_file(source.function)
     path = Path(source.model)
     require(
         (path / "config.json").is_file(),
         f"reward.sources: {source.model} is no folder of a model: it has no config.json. Name a "
         "stage of this run (reward, reward_guard), or download the model into a folder",
     )
-    return name, foreign_artifact(path, kind="reward")
+    return path
 
 
 def reading_of(artifact: Artifact, *, tokenizer: "Tokenizer") -> "Reading":

@@ -29,9 +29,11 @@ from pipeline.ppo.optimiser import Optimiser
 from pipeline.ppo.order import interleave, rows_in_turn
 from pipeline.ppo.passes import Lesson, precision_context
 from pipeline.ppo.rewards import final_scores, token_rewards
-from pipeline.ppo.rollout import Sampled, generate, stream, uniforms
+from pipeline.ppo.rollout import Sampled, generate, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
+from pipeline.restricted import restricted
+from pipeline.streams import stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -260,10 +262,17 @@ class PPOTrainer:
             weights = load_file(folder / f"{name}.safetensors")
             for key, parameter in model.named_parameters():
                 parameter.copy_(weights[key])
-        state = torch.load(folder / "state.pt", weights_only=True)
+        with restricted(folder):
+            state = torch.load(folder / "state.pt", weights_only=True)
         self.optimiser.load_state(state)
         self.kl.coef = state["kl"]["coef"]
         self.baseline.value = state["baseline"]
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of the weights that change: what a resume point holds beside moments."""
+        models = self._moved().values()
+        return sum(p.numel() * p.element_size() for m in models for p in m.parameters())
 
     def _moved(self) -> dict[str, Any]:
         """Returns the roles whose weights change from update to update."""

@@ -10,6 +10,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.terminal import printable
+
 INCHES = (4.2, 3.0)
 """Drawn at about the width of a phone, so that its letters stay readable there."""
 COLOURS = ("#2563a8", "#d1495b", "#2f8f6b", "#b07c1e", "#7a5aa6", "#5b6b7f")
@@ -32,6 +34,7 @@ STYLE = {
     "lines.linewidth": 1.5,
     "lines.markersize": 4,
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "svg.hashsalt": "rlhf-pipeline",
 }
 
@@ -123,7 +126,7 @@ def bin_chart(
                 [place for place, _ in known],
                 [value for _, value in known],
                 MARKS["both"],
-                label=name,
+                label=printable(name),
                 color=COLOURS[number % len(COLOURS)],
             )
         axes.set_xticks(range(len(bins)), bins)
@@ -133,7 +136,7 @@ def bin_chart(
 
 
 def _draw(axes: Any, one: Series, *, colour: str) -> None:
-    axes.plot(one.x, one.y, MARKS[one.marks], label=one.label, color=colour)
+    axes.plot(one.x, one.y, MARKS[one.marks], label=printable(one.label), color=colour)
     if one.low is not None and one.high is not None:
         axes.vlines(one.x, one.low, one.high, color=colour, alpha=0.5)
     for x, y, note in zip(one.x, one.y, one.notes, strict=False):

@@ -14,7 +14,7 @@ from pipeline.reporting.charts import Chart
 from pipeline.reporting.curves import charts_of, curves
 from pipeline.reporting.figures import bin_name, frontier, guard_charts, reward_charts
 from pipeline.spacing import evenly_spaced
-from pipeline.storage import read_json, read_jsonl
+from pipeline.storage import flatten, read_json, read_jsonl
 
 EVEN_SAMPLES = 12
 """Prompts shown at even distances, good or bad."""
@@ -120,15 +120,6 @@ def diagnoses(rows: Sequence[Mapping[str, Any]]) -> list[Diagnosis]:
         for rule in RULES
         if f"{PREFIX}{rule.name}" in row
     ]
-
-
-def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat |= flatten(value, prefix=f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
 
 
 def choose_samples(records: Sequence[dict[str, Any]]) -> list[Samples]:

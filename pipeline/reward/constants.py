@@ -13,6 +13,7 @@ from pipeline.ppo.rollout import generate, uniforms
 from pipeline.reward.reading import Reading, Words, context_of, cut_to, reread
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import Normalisation
+from pipeline.streams import stream
 from pipeline.tokenizer import Prompt, decode_response, encode_prompt
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def sample_replies(
     replies = generate(
         model,
         [chosen[row] for row in mine],
-        uniforms=uniforms(seed, update=0, rows=list(mine), positions=response_tokens),
+        uniforms=uniforms(
+            stream(seed, "normalisation"), update=0, rows=list(mine), positions=response_tokens
+        ),
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
     )

@@ -14,6 +14,7 @@ from pipeline.models import by_length, pad_right
 from pipeline.reward.loss import comparisons, rater_targets
 from pipeline.reward.packing import pack_texts
 from pipeline.reward.reading import Reading
+from pipeline.streams import stream
 
 TEXTS_PER_CHUNK = 16
 """Texts of one forward pass where they are not packed: few enough to be of about one length."""
@@ -191,7 +192,7 @@ class TrainingRankings:
     def __getitem__(self, place: int) -> dict[str, Any]:
         """Returns the row at a place."""
         row = self.rows[self.order[place]]
-        generator = np.random.default_rng((self.seed, place))
+        generator = np.random.default_rng((stream(self.seed, "augmentation"), place))
         lower = generator.random(len(row["starts"])) < self.lowercase_frac
         texts = zip(row["sequences"], row["lowered"], lower, row["starts"], strict=True)
         sequences = [

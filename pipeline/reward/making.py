@@ -215,7 +215,7 @@ def train(
         validate=lambda: validation_metrics(
             model, validation, reading=reading, min_gap=config.report_gap
         ),
-        eval_every=config.training.eval_every,
+        training=config.training,
         tokens_per_step=sum(map(len, training.texts)) / len(rows) * config.training.minibatch_size,
     )
     origin, pad_id = config.init_from or sft, reading.tokenizer.pad_token_id

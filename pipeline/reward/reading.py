@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config import require
 from pipeline.errors import told
+from pipeline.pretrained import from_pretrained
 from pipeline.tokenizer import (
-    REFUSED,
     Prompt,
     decode_response,
     encode_prompt,
     encode_response,
     messages_of,
+    rendering,
+    tokens_of,
 )
 
 if TYPE_CHECKING:
@@ -62,10 +64,10 @@ class ChatReading:
         """Returns what the model reads; a response that did not end is not closed."""
         before = encode_prompt(self.tokenizer, prompt)
         if not ended:
-            reply = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+            reply = tokens_of(self.tokenizer, [response])[0]
             return Exchange([*before, *reply], len(before))
         conversation = [*messages_of(prompt), {"role": "assistant", "content": response}]
-        with told(REFUSED):
+        with rendering(self.tokenizer):
             ids = self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
         start = 0
         while start < min(len(ids), len(before)) and ids[start] == before[start]:
@@ -107,7 +109,7 @@ def load_reading(path: Path | str) -> Reading:
     from transformers import AutoTokenizer
 
     with told(f"{path}: no tokenizer could be loaded from there"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
     require(
         tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id,
         f"{path}: the tokenizer's PAD must be a token of its own, not EOS",

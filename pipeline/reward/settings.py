@@ -1,9 +1,12 @@
 """What a stage that trains a reward model can be told."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from pipeline.config import StageConfig, require
+from pipeline.config import require
 from pipeline.lora import LoRA
+from pipeline.origin import local_origin
+from pipeline.saving import TrainingConfig
 from pipeline.training import Training
 
 
@@ -23,7 +26,7 @@ class Normalisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(StageConfig):
+class RewardConfig(TrainingConfig):
     """Settings of a stage that trains a reward model.
 
     A training row is a ranking, and a pair is a ranking of two.
@@ -92,3 +95,7 @@ class RewardConfig(StageConfig):
         for name in ("min_gap", "report_gap"):
             value = getattr(self, name)
             require(value >= 0, f"{name}: must be at least 0, got {value}")
+
+    def outside(self, stage: str) -> dict[str, Path]:
+        """The model to start from, where it lies on this disk."""
+        return local_origin(self.init_from, stage=stage)

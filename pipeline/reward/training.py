@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.models import head_of, load_with_new_head
 from pipeline.reward.loss import comparison_loss
 from pipeline.sequences import wide
+from pipeline.streams import stream
 
 
 class RankingTrainer(Trainer):
@@ -83,7 +84,7 @@ def reward_model_from(
     order of 1 (Ziegler et al. 2019; Huang et al. 2024).
     """
     model = load_with_new_head(path, pad_id=pad_id, seed=seed, quantisation=quantisation)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream(seed, "score"))
     with torch.no_grad():
         weight = head_of(model).weight
         spread = 1 / math.sqrt(weight.shape[1] + 1)

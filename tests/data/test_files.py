@@ -31,7 +31,7 @@ def test_three_formats_give_the_same_rows(tmp_path):
     rows, source = rows_of(lines)
     assert [(row["prompt"], row["completion"]) for row in rows] == [("p", "c"), ("q", "d")]
     assert rows == rows_of(cells)[0] == rows_of(table)[0]
-    assert source.origin == str(lines)
+    assert source.origin == lines.name
     assert len(source.sha256) == 64
 
 
@@ -103,25 +103,38 @@ def test_settings_out_of_range(settings, message):
         OwnRows(**settings).check("text")
 
 
+class Builder:
+    """Stands for datasets' builder of a data set on the hub."""
+
+    name = "parquet"
+
+    def download_and_prepare(self):
+        pass
+
+    def as_dataset(self, split):
+        assert split == "train"
+        return datasets.Dataset.from_list(PAIRS)
+
+
 def test_hub_data_set(monkeypatch):
     asked: dict[str, object] = {}
 
-    def load_dataset(name, config, **settings):
+    def load_dataset_builder(name, config, **settings):
         asked.update(settings, name=name, config=config)
-        return datasets.Dataset.from_list(PAIRS)
+        return Builder()
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     rows, source = own_rows(OwnRows(hub="owner/name", revision="abc"), "instructions")
     assert [row["prompt"] for row in rows] == ["p", "q"]
-    assert asked == {"name": "owner/name", "config": None, "split": "train", "revision": "abc"}
+    assert asked == {"name": "owner/name", "config": None, "revision": "abc"}
     assert (source.origin, source.version) == ("hub: owner/name", "abc")
 
 
 def test_hub_data_set_that_is_not_there(monkeypatch):
-    def load_dataset(*_, **__):
+    def load_dataset_builder(*_, **__):
         raise FileNotFoundError("it does not exist\nlong explanation")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(UserError, match="cannot load the hub data set a/b") as caught:
         own_rows(OwnRows(hub="a/b"), "text")
     assert str(caught.value).endswith("(it does not exist)")

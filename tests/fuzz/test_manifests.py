@@ -12,6 +12,7 @@ from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
 from pipeline.reporting.content import stage_view
+from pipeline.storage import sealed
 from tests.fuzz.support import as_json, assert_clear, damaged, damaged_bytes, fuzz, one_line
 
 CONFIG = StageConfig(run="run", tracking="none", recipe="none")
@@ -40,6 +41,15 @@ def made(stage: str, parents: dict[str, Artifact]) -> Artifact:
     return open_artifact(run.path, kind="causal-lm")
 
 
+@st.composite
+def changed(draw: st.DrawFn, whole: bytes, how: str) -> bytes:
+    """A damaged record: by its bytes, or with any value in any place, sealed anew or not."""
+    if how == "bytes":
+        return draw(damaged_bytes(whole))
+    value = draw(damaged(json.loads(whole)))
+    return as_json(sealed(value) if how == "sealed" and isinstance(value, dict) else value)
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -56,16 +66,13 @@ def use(artifact: Artifact) -> None:
         raise Stop
 
 
-@pytest.mark.parametrize("how", ["values", "bytes"])
+@pytest.mark.parametrize("how", ["values", "sealed", "bytes"])
 @fuzz(100)
 @given(data=st.data())
 def test_a_damaged_manifest_opens_or_is_refused_and_costs_nothing(run_folder, how, data):
     path = run_folder / "sft" / "manifest.json"
     whole = path.read_bytes()
-    if how == "values":
-        path.write_bytes(as_json(data.draw(damaged(json.loads(whole)))))
-    else:
-        path.write_bytes(data.draw(damaged_bytes(whole)))
+    path.write_bytes(data.draw(changed(whole, how)))
     try:
         artifact = one_line(lambda: open_artifact(path.parent, kind="causal-lm"))
         if artifact is not None:
@@ -95,17 +102,14 @@ def interrupted(folder: Path, steps: int) -> None:
         raise Stop
 
 
-@pytest.mark.parametrize("how", ["values", "bytes"])
+@pytest.mark.parametrize("how", ["values", "sealed", "bytes"])
 @fuzz(60)
 @given(data=st.data())
 def test_a_damaged_point_is_used_rightly_or_the_one_before_is(run_folder, how, data, caplog):
     interrupted(run_folder, steps=2)
     path = run_folder / "reward" / "checkpoints" / "step-2" / "point.json"
     whole = path.read_bytes()
-    if how == "values":
-        path.write_bytes(as_json(data.draw(damaged(json.loads(whole)))))
-    else:
-        path.write_bytes(data.draw(damaged_bytes(whole)))
+    path.write_bytes(data.draw(changed(whole, how)))
     caplog.clear()
     with pytest.raises(Stop), begin(CONFIG, stage="reward", kind="reward", parents={}) as run:
         step, point = run.latest_point()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.ppo.rollout import generate, sample_tokens, stream, uniforms
+from pipeline.ppo.rollout import generate, sample_tokens, uniforms
 from tests.support import assert_close, tiny_llama
 
 EOS, PAD, BUDGET = 1, 0, 12
@@ -101,12 +101,6 @@ def test_uniforms_depend_on_seed_update_row_and_position_only():
     assert torch.equal(uniforms(1, update=2, rows=[6], positions=2)[0], together[1, :2])
     assert not torch.equal(uniforms(2, update=2, rows=[5], positions=4)[0], together[0])
     assert not torch.equal(uniforms(1, update=3, rows=[5], positions=4)[0], together[0])
-
-
-def test_streams_of_other_names_and_seeds_differ():
-    seeds = {stream(seed, name) for seed in (1, 2) for name in ("rollout", "validation")}
-    assert len(seeds) == 4
-    assert stream(1, "rollout") == stream(1, "rollout")
 
 
 def test_inverse_cdf_by_hand():

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.checkpoint import open_artifact
 from pipeline.errors import UserError
-from pipeline.reporting.content import choose_samples, flatten, page_content
+from pipeline.reporting.content import choose_samples, page_content
 from pipeline.reporting.page import figure, interval, render, words
 from tests.evaluation.fakes import judged, records
 from tests.reporting.fakes import CHAIN, fake_run
@@ -180,4 +180,3 @@ def test_intervals_names_and_nested_figures():
     assert interval({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.500 (0.250 to 0.750)"
     assert interval(None) == "-"
     assert words("tokens_per_second") == "tokens per second"
-    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}

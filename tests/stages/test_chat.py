@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from pipeline.errors import UserError
-from stages.chat import Config, Speaker, columns, converse, load, main, parse, printable
+from stages.chat import Config, Speaker, columns, converse, load, main, parse
 from tests.evaluation.fakes import save_language_model
 
 
@@ -79,10 +79,6 @@ def test_columns_wrap_to_the_width():
     assert lines == ["a b  |  e", "c d  |"]
     assert columns(["one two"], width=3) == "one\ntwo"
     assert columns([""], width=10) == ""
-
-
-def test_a_model_cannot_steer_the_terminal():
-    assert printable("a\x1b[2J\x07b\tc é") == "a?[2J?b\tc é"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 
 def words(run: Path, *more: str) -> list[str]:
-    sizes = ["--updates=4", "--save_every=1", "--validate_every=2", "--threads=1"]
+    sizes = ["--updates=4", "--saving.every=1", "--validate_every=2", "--threads=1"]
     return ["--recipe=smoke", f"--run={run}", "--tracking=none", *sizes, *more]
 
 
@@ -318,7 +318,7 @@ def test_a_coefficient_that_cannot_rise_is_diagnosed_and_resume_tells_it_once(
         shutil.copytree(run_folder / stage, run / stage)
     faulty = words(
         run, "--updates=10", "--kl.coef=0", "--kl.target=0.05",
-        "--optimisation.learning_rate=3.0e-2", "--validate_every=10", "--save_every=3",
+        "--optimisation.learning_rate=3.0e-2", "--validate_every=10", "--saving.every=3",
     )  # fmt: skip
     assert ppo.main(faulty) == 0
     straight = open_artifact(run / "ppo", kind="causal-lm").content["files"]

@@ -15,6 +15,7 @@ from pipeline import checkpoint, corpus
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.fitting import FiniteGradients
+from pipeline.saving import Saving
 from stages import pretrain
 from tests import gguf_files
 
@@ -41,7 +42,8 @@ def run_dir(parents, tmp_path):
 
 def config_of(folder: Path, **training) -> pretrain.Config:
     config = load(pretrain.Config, [*SMOKE, f"--run={folder}"], stage="pretrain")
-    fewer = {"steps": 12, "log_every": 2, "save_every": 4, "eval_every": 4, "warmup_steps": 2}
+    fewer = {"steps": 12, "log_every": 2, "eval_every": 4, "warmup_steps": 2}
+    config = replace(config, saving=Saving(every=5))
     return replace(config, training=replace(config.training, **(fewer | training)))
 
 
@@ -93,7 +95,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch):
     straight, metrics = weights(run_dir), rows(run_dir)
     shutil.rmtree(run_dir / "pretrain")
     with monkeypatch.context() as patch:
-        interrupt_at(8, patch)
+        interrupt_at(5, patch)
         with pytest.raises(KeyboardInterrupt):
             pretrain.run(config_of(run_dir))
     assert not (run_dir / "pretrain" / "manifest.json").exists()

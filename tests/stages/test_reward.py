@@ -19,6 +19,7 @@ from pipeline.data.formats import write_rows
 from pipeline.errors import UserError
 from pipeline.lora import LoRA
 from pipeline.reward.settings import Normalisation
+from pipeline.saving import Saving
 from stages import reward
 from tests.support import assert_close
 
@@ -33,7 +34,7 @@ def parents(tmp_path_factory):
         module = getattr(stages, stage)
         config = load(module.Config, [*SMOKE, f"--run={folder}"], stage=stage)
         if hasattr(config, "training"):
-            few = {"steps": 2, "log_every": 1, "save_every": 0, "eval_every": 0}
+            few = {"steps": 2, "log_every": 1, "eval_every": 0}
             config = replace(config, training=replace(config.training, **few))
         module.run(config)
     return folder
@@ -49,7 +50,8 @@ def run_dir(parents, tmp_path):
 
 def config_of(folder: Path, *, training: dict | None = None, **changes) -> reward.Config:
     config = load(reward.Config, [*SMOKE, f"--run={folder}"], stage="reward")
-    few = {"steps": 4, "log_every": 2, "save_every": 2, "eval_every": 2}
+    few = {"steps": 4, "log_every": 2, "eval_every": 2}
+    changes.setdefault("saving", Saving(every=3))
     changes["training"] = replace(config.training, **(few | (training or {})))
     return replace(config, **changes)
 
@@ -100,12 +102,12 @@ def test_an_interrupted_run_ends_in_the_same_bytes(run_dir, monkeypatch, lora):
     shutil.rmtree(run_dir / "reward")
     publish = checkpoint.StageRun.save_point
 
-    def killed_after_two_steps(self, step, write):
+    def killed_after_three_steps(self, step, write):
         publish(self, step, write)
-        if step == 2:
+        if step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.StageRun, "save_point", killed_after_two_steps)
+    monkeypatch.setattr(checkpoint.StageRun, "save_point", killed_after_three_steps)
     with pytest.raises(KeyboardInterrupt):
         reward.run(config)
     monkeypatch.undo()
@@ -167,7 +169,7 @@ def test_settings_that_fit_no_text_are_refused(run_dir):
 
 
 def test_a_diverging_run_stops_before_the_weights_move(run_dir):
-    fast = {"learning_rate": 1.0e30, "steps": 20, "warmup_steps": 0, "save_every": 0}
+    fast = {"learning_rate": 1.0e30, "steps": 20, "warmup_steps": 0}
     with pytest.raises(UserError, match="not finite at step"):
         reward.run(config_of(run_dir, training=fast))
 

@@ -1,13 +1,17 @@
 """Seeds: the make commands, the table, refusals."""
 
 import json
+import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.checkpoint import open_artifact
+from pipeline.command import TERMINATED
 from pipeline.errors import UserError
 from stages.seeds import Config, main, make_words, run_seed
 from tests.evaluation.fakes import records
@@ -110,3 +114,28 @@ def test_a_wrong_setting_is_one_line(make, tmp_path, caplog, word, told):
     assert seeds(tmp_path, word) == 2
     assert told in caplog.records[-1].getMessage()
     assert make.calls == []
+
+
+def test_sigterm_reaches_the_run_at_work_and_no_other_is_started(tmp_path):
+    fake = tmp_path / "bin" / "make"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"#!/bin/sh\ntrap 'echo stopped >> {tmp_path}/told; exit 2' TERM\n"
+        f"echo started >> {tmp_path}/told\nwhile :; do sleep 0.05; done\n"
+    )
+    fake.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.seeds", "--recipe=smoke", f"--run={tmp_path}/smoke"],
+        env={**os.environ, "PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told, deadline = tmp_path / "told", time.monotonic() + 60
+    while not told.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == TERMINATED
+    assert "Traceback" not in said
+    assert told.read_text() == "started\nstopped\n"

@@ -18,6 +18,7 @@ from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.lora import LoRA
 from pipeline.models import load_tokenizer
+from pipeline.saving import Saving
 from pipeline.tokenizer import encode_conversation, encode_prompt, encode_response
 from stages import sft
 from tests.support import assert_close
@@ -52,7 +53,8 @@ def run_dir(parents, tmp_path):
 
 def config_of(folder: Path, **training) -> sft.Config:
     config = load(sft.Config, [*SMOKE, f"--run={folder}"], stage="sft")
-    fewer = {"steps": 8, "log_every": 2, "save_every": 4, "eval_every": 4}
+    fewer = {"steps": 8, "log_every": 2, "eval_every": 4}
+    config = replace(config, saving=Saving(every=5))
     return replace(config, training=replace(config.training, **(fewer | training)))
 
 

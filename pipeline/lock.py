@@ -1,0 +1,82 @@
+"""One process at a time on a stage's folder: a lock beside it that ends with its holder."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+
+HELD = (errno.EACCES, errno.EAGAIN)
+"""What the system answers when another process holds the lock."""
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems answer that know no locks."""
+
+
+class Lock:
+    """A POSIX record lock, which the system drops when its process ends, however it ends.
+
+    The file names the holder by process and host. It stays when the lock is given back, empty, so
+    that two processes can never hold two files of one name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock, over from a dead process too.
+
+        Raises:
+            UserError: another process holds it; the message names it and its host.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a+", encoding="utf-8")
+        file.seek(0)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _named(file.read())
+            file.close()
+            if error.errno in HELD:
+                raise UserError(
+                    f"{self.path.parent} is being worked on by {holder or 'another process'}. "
+                    f"Wait until it is done or stop it, then run the same command again"
+                ) from error
+            if error.errno in UNSUPPORTED:
+                log.warning("%s: this file system has no locks; start nothing twice", self.path)
+                return
+            raise
+        if dead := _named(file.read()):
+            log.info("%s: the lock of %s, which is gone, is taken over", self.path, dead)
+        self._file = file
+        self._write({"pid": os.getpid(), "host": platform.node(), "since": time.time()})
+
+    def release(self) -> None:
+        """Gives the lock back; does nothing when it is not held."""
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+            self._file = None
+
+    def _write(self, holder: dict[str, object]) -> None:
+        assert self._file is not None
+        self._file.truncate(0)
+        self._file.write(json.dumps(holder) + "\n")
+        self._file.flush()
+
+
+def _named(text: str) -> str:
+    """Returns a holder as `process N on host X`, or nothing when the text names none."""
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,29 @@
+"""Text without the signs that would steer a terminal, and that no picture can hold."""
+
+import logging
+
+KEPT = "\n\t"
+"""Control characters that do no more than lay out text."""
+
+
+def printable(text: str) -> str:
+    """Returns the text with ? for every sign that could steer the terminal.
+
+    A model, a data row or a file's name may hold any character: escape sequences, a carriage
+    return that hides what stood before it, marks that turn the writing direction.
+    """
+    return "".join(sign if sign.isprintable() or sign in KEPT else "?" for sign in text)
+
+
+class PrintableRecord(logging.LogRecord):
+    """A record of the log whose message holds nothing that steers the terminal."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's own name
+        """Returns the message."""
+        return printable(super().getMessage())
+
+
+def start_logging(level: int) -> None:
+    """Sends every message of this process to stderr, made harmless, ours and the libraries'."""
+    logging.setLogRecordFactory(PrintableRecord)
+    logging.basicConfig(level=level, format="%(message)s")
