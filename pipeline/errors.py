@@ -4,25 +4,30 @@ import contextlib
 from collections.abc import Iterator
 
 LONGEST = 1000
-"""Signs of a message; a row of a megabyte is not repeated."""
+"""Signs of a message."""
 
 
 class UserError(Exception):
     """A user's mistake, told in one line: what is wrong, where, and the command that mends it.
 
-    What a file holds may stand in the message, so signs that would steer a terminal are escaped,
-    and the middle of what is too long for a line is left out.
+    What a file holds may stand in the message: it is made one clear line of.
     """
 
     def __init__(self, message: str) -> None:
-        line = "".join(map(_shown, " ".join(message.split())))
-        if len(line) > LONGEST:
-            line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
-        super().__init__(line)
+        super().__init__(line_of(message))
 
 
 class UpToDate(Exception):  # noqa: N818 - an outcome, not an error
     """The stage's folder already holds exactly what was asked for."""
+
+
+def line_of(text: str) -> str:
+    """Returns a text as one line: signs that steer a terminal escaped, the middle of much left out.
+
+    Where a row of a megabyte stands in it, its beginning and its end tell enough.
+    """
+    line = "".join(map(_shown, " ".join(text.split())))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:

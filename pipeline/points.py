@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.errors import UserError
+from pipeline.errors import UserError, line_of
 from pipeline.manifest import FILES
 from pipeline.shapes import each, holds, is_amount, is_object, is_text, is_whole, mapping
 from pipeline.storage import (
@@ -172,7 +172,8 @@ class Points:
                     self._rotate()
                     return point
                 reason = self._foreign(folder, point)
-            log.warning("%s: resume point %s is not used: %s", self.stage, folder, reason)
+            told = line_of(reason)
+            log.warning("%s: resume point %s is not used: %s", self.stage, folder, told)
             shutil.rmtree(folder)
         return None
 

@@ -285,12 +285,13 @@ def measure_tax(
 
 def generate_in_bulk(config: Config, *, device: Any) -> None:
     """Writes one reply for every prompt of a file."""
-    from pipeline.evaluation.prompt_files import read_prompts, write_replies
+    from pipeline.evaluation.prompt_files import check_output, read_prompts, write_replies
     from pipeline.evaluation.sampling import Sampling, load_any, reply_to_all
     from pipeline.parallel import choose_workers
 
     wanted = config.generate
     prompts = read_prompts(Path(wanted.prompts))
+    check_output(Path(wanted.output), prompts=Path(wanted.prompts))
     model, tokenizer = load_any(wanted.model)
     mine = range(rank(), len(prompts), world_size())
     replies = reply_to_all(

@@ -85,7 +85,9 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
         else:
             rows.append(row)
     if not rows:
-        raise UserError(f"{own.path or source.origin}: no {row_type} rows in it")
+        dropped = sum(source.dropped.values())
+        why = f" ({dropped} were dropped: a special token in the text)" if dropped else ""
+        raise UserError(f"{own.path or source.origin}: no {row_type} rows in it{why}")
     return rows, source
 
 

@@ -40,9 +40,21 @@ def read_prompts(path: Path) -> list[Prompt]:
     return [_parse(line, where=where) for where, line in lines]
 
 
+def check_output(path: Path, *, prompts: Path) -> None:
+    """Makes the folder of a file of replies, before there are any to lose.
+
+    Raises:
+        UserError: the file is a folder, or the file of prompts itself.
+    """
+    if path.is_dir():
+        raise UserError(f"generate.output: {path} is a folder; name a file in it")
+    if path.exists() and prompts.exists() and path.samefile(prompts):
+        raise UserError(f"generate.output: would replace the prompts, {prompts}; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_replies(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes the rows as JSON Lines, under a temporary name first so that no half file remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("w", encoding="utf-8") as file:
