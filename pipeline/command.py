@@ -1,13 +1,14 @@
 """The command line of a stage: load the configuration, run, tell a user's mistake in one line."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -76,9 +77,14 @@ def command(
     for noisy in ("httpx", "filelock", "datasets", "transformers", "absl", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a file's milliseconds
+    with _terminable():
+        return _outcome(config_class, run, argv, stage=stage)
+
+
+def _outcome(
+    config_class: type[C], run: Callable[[C], None], argv: Sequence[str] | None, *, stage: str
+) -> int:
     log = logging.getLogger(f"stages.{stage}")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
     try:
         config = load(config_class, argv, stage=stage)
         trusted = config.trust_remote_code
@@ -106,6 +112,19 @@ def _ending(error: BaseException) -> tuple[int, str]:
             code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
             return code, "interrupted; the same command goes on from the last resume point"
     return 1, ""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes SIGTERM an interruption that Python code can end tidily; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ import itertools
 import json
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,12 +73,13 @@ def outcomes(
 
 def told(outcome: Outcome) -> str:
     """Returns a trial in one line, and what differs below it."""
-    strikes = ", ".join(
+    strikes = [
         f"{kill.strike.signal} {kill.strike.moment} ({kill.at}) -> {kill.ended_by}"
         for kill in outcome.kills
-    )
+    ]
+    strikes += [f"{outcome.missed}: too late"] if outcome.missed else []
     end = f"{len(outcome.differences)} differences" if outcome.differences else "equal"
-    heading = f"{outcome.trial.stage}: {strikes or 'no strike in time'}: {end}"
+    heading = f"{outcome.trial.stage}: {', '.join(strikes)}: {end}"
     return "\n  ".join([f"{heading}, {outcome.seconds:.1f} s", *outcome.differences])
 
 
@@ -104,6 +106,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Prints the tables and writes every trial to the results; exit code 1 when any differs."""
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its stage too
     shutil.rmtree(options.work, ignore_errors=True)
     straight = Chain(Path.cwd(), options.work / "straight" / NAME)
     straight.run.mkdir(parents=True)
@@ -115,8 +118,10 @@ def main() -> None:
         found = [conduct(next(plan), straight, options.work / f"trial-{options.trial}")]
         _say(told(found[0]))
     else:
-        found = list(outcomes(plan, straight, kills=options.kills))
-        _write(options, found, minutes=(time.monotonic() - started) / 60)
+        found = []
+        for outcome in outcomes(plan, straight, kills=options.kills):
+            found.append(outcome)
+            _write(options, found, minutes=(time.monotonic() - started) / 60)
     sys.stdout.write("\n".join(lines(found)) + "\n")
     sys.exit(any(outcome.differences for outcome in found))
 

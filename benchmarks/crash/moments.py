@@ -12,6 +12,10 @@ T = TypeVar("T")
 
 FIRST_CHANGES = 3
 """Changes that belong to the preparation of a folder."""
+EARLIEST_SECONDS = 0.001
+"""Shortest delay: none at all is an instant before a change, not after it."""
+END_SECONDS = 0.005
+"""From the manifest's rename to the end of Python."""
 MANIFEST = r"rename \.manifest\.json\.tmp"
 METRICS = r"open metrics\.jsonl"
 PATTERNS = {
@@ -90,6 +94,12 @@ class Life:
         return sum(re.search(pattern, change) is not None for _, change in self.changes)
 
     @property
+    def working_from(self) -> float:
+        """Seconds from the start to the first row of metrics, or to the end where there is none."""
+        times = (seconds for seconds, change in self.changes if re.search(METRICS, change))
+        return next(times, self.seconds)
+
+    @property
     def step_seconds(self) -> float:
         """Seconds between two rows of metrics, the median."""
         times = [seconds for seconds, change in self.changes if re.search(METRICS, change)]
@@ -119,19 +129,32 @@ def strike(moment: str, life: Life, *, again: bool, generator: random.Random) ->
             first change of the kind is taken.
         generator: source of chance.
     """
-    first_change = life.changes[0][0]
-    if moment in ("start-up", "the clock"):
-        end = first_change if moment == "start-up" else life.seconds
-        return Strike(moment, delay=generator.uniform(0.01, end))
+    if moment == "start-up":
+        return Strike(moment, delay=generator.uniform(EARLIEST_SECONDS, life.changes[0][0]))
+    if moment == "the clock":
+        end = life.working_from if again else life.seconds
+        return _by_the_clock(generator.uniform(EARLIEST_SECONDS, end), life)
     if moment == "preparing":
         return Strike(moment, ".", count=generator.randint(1, FIRST_CHANGES))
     if moment == "just finished":
-        return Strike(moment, MANIFEST, delay=generator.uniform(0.001, 0.1))
+        return Strike(moment, MANIFEST, delay=generator.uniform(0.0001, END_SECONDS))
     if moment in PATTERNS:
         pattern = PATTERNS[moment]
         count = 1 if again else generator.randint(1, life.count(pattern))
         return Strike(moment, pattern, count=count)
     return _in_training(moment, life, again=again, generator=generator)
+
+
+def _by_the_clock(seconds: float, life: Life) -> Strike:
+    """An instant of the straight run, told from the change before it: machines are not always fast.
+
+    Before the first change it is told from the start.
+    """
+    before = [moment for moment, _ in life.changes if moment <= seconds]
+    if not before:
+        return Strike("the clock", delay=seconds)
+    delay = seconds - before[-1]
+    return Strike("the clock", ".", count=len(before), delay=max(delay, EARLIEST_SECONDS))
 
 
 def _in_training(moment: str, life: Life, *, again: bool, generator: random.Random) -> Strike:
@@ -171,10 +194,8 @@ def _strikes(life: Life, generator: random.Random) -> Iterator[tuple[Strike, ...
             moment = next(laters if order else firsts)
             instant = strike(moment, life, again=order > 0, generator=generator)
             name, alone, times = next(signals)
-            if (
-                not instant.pattern
-            ):  # the clock strikes once, from outside, where the group is known
-                alone, times = False, 1
+            if not instant.pattern:
+                alone, times = False, 1  # from outside, where the group is known
             row.append(replace(instant, signal=name, alone=alone, times=times))
         yield tuple(row)
 

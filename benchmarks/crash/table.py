@@ -65,6 +65,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
         "stage": outcome.trial.stage,
         "seconds": round(outcome.seconds, 1),
         "kills": [_plain(kill) for kill in outcome.kills],
+        "missed": outcome.missed,
         "differences": list(outcome.differences),
     }
 

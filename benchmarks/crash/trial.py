@@ -37,7 +37,7 @@ class Outcome:
 
     Attributes:
         trial: what was planned.
-        kills: the strikes that ended a session; one that came too late is none.
+        kills: the strikes that ended a session; one that came too late is none, and the last.
         differences: what is not as in the straight run; empty is what is hoped for.
         seconds: of all sessions.
     """
@@ -46,6 +46,12 @@ class Outcome:
     kills: tuple[Kill, ...]
     differences: tuple[str, ...]
     seconds: float
+
+    @property
+    def missed(self) -> str:
+        """The moment of the strike that came too late, or nothing."""
+        late = self.trial.strikes[len(self.kills) :]
+        return late[0].moment if late else ""
 
     @property
     def survived(self) -> tuple[Kill, ...]:

@@ -3,14 +3,16 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.crash import session
-from benchmarks.crash.__main__ import live, outcomes
+from benchmarks.crash.__main__ import live, outcomes, told
 from benchmarks.crash.chain import Chain, needed
 from benchmarks.crash.moments import METRICS, PATTERNS, Strike, Trial
 from benchmarks.crash.table import lines
@@ -38,14 +40,17 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def crash_test(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command of `make crash-test` in another checkout."""
+def command(*words: str) -> list[str]:
+    """What `make crash-test` runs, for a checkout in the current folder."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; "
     program += "runpy.run_module('benchmarks.crash', run_name='__main__', alter_sys=True)"
     arguments = ["--stages", "pretrain", "--work", "work", "--results", "crash.json", *words]
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=checkout, capture_output=True, text=True
-    )
+    return [sys.executable, "-c", program, *arguments]
+
+
+def crash_test(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs it to its end."""
+    return subprocess.run(command(*words), cwd=checkout, capture_output=True, text=True)
 
 
 def test_a_sound_stage_survives_every_moment_and_signal(checkout):
@@ -60,6 +65,16 @@ def test_a_sound_stage_survives_every_moment_and_signal(checkout):
     assert max(len(trial["kills"]) for trial in found["trials"]) > 1
     assert "| pretrain | " in result.stdout
     assert not list((checkout / "work").glob("trial-*"))
+
+
+def test_a_strike_that_comes_too_late_is_told_and_is_no_kill(checkout):
+    straight = Chain(checkout, checkout / "work" / "straight" / "chain")
+    straight.run.mkdir(parents=True)
+    live(straight, ["pretrain"])
+    late = Strike("a step", METRICS, count=99)
+    outcome = conduct(Trial(1, "pretrain", (late, late)), straight, checkout / "work" / "trial-1")
+    assert (outcome.kills, outcome.differences, outcome.missed) == ((), (), "a step")
+    assert told(outcome).startswith("pretrain: a step: too late: equal, ")
 
 
 def in_a_run(checkout: Path, *strikes: Strike) -> tuple[str, ...]:
@@ -127,6 +142,24 @@ def test_a_stage_that_never_finishes_is_told(checkout):
 def test_no_kills_are_refused(checkout):
     result = crash_test(checkout, "--kills", "0")
     assert "--kills must be at least 1" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_test_leaves_no_stage_running(checkout, number):
+    beats = checkout / "beats"
+    stage = "import time\nfor _ in range(3000):\n"
+    stage += f"    open({str(beats)!r}, 'a').write('.')\n    time.sleep(0.01)\n"
+    (checkout / "stages" / "data.py").write_text(stage)
+    process = subprocess.Popen(command(), cwd=checkout, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not beats.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=60) != 0
+    size = beats.stat().st_size
+    time.sleep(0.2)
+    assert beats.stat().st_size == size
 
 
 def test_a_session_that_hangs_is_ended(checkout, monkeypatch):

@@ -61,6 +61,7 @@ def test_strikes_fall_where_their_names_say(seed):
     assert matching("the manifest's rename", seed) == CHANGES[-1]
     assert matching("just finished", seed) == CHANGES[-1]
     assert matching("preparing", seed) in CHANGES[:3]
+    assert not strike("start-up", TRAINED, again=True, generator=random.Random(seed)).pattern
     assert strike("start-up", TRAINED, again=False, generator=random.Random(seed)).delay < 3.0
 
 
@@ -70,6 +71,29 @@ def test_a_pass_ends_after_its_last_row_and_the_last_step_after_the_row_before()
     last = strike("the last step", TRAINED, again=False, generator=random.Random(1))
     assert last.count == 5
     assert 0 < last.delay <= TRAINED.step_seconds
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_clock_is_told_from_the_change_before(seed):
+    seconds = random.Random(seed).uniform(0.001, TRAINED.seconds)
+    struck = strike("the clock", TRAINED, again=False, generator=random.Random(seed))
+    if not struck.pattern:
+        assert seconds < 3.0
+        assert struck.delay == seconds
+        return
+    since = TRAINED.changes[struck.count - 1][0]
+    assert struck.delay == pytest.approx(seconds - since)
+    assert struck.count == len(CHANGES) or struck.delay < 0.25
+    again = strike("the clock", TRAINED, again=True, generator=random.Random(seed))
+    assert again.count <= 2
+
+
+def test_the_clock_of_a_stage_without_metrics_strikes_all_its_life():
+    delays = [
+        strike("the clock", SIMPLE, again=True, generator=random.Random(seed)) for seed in range(30)
+    ]
+    assert {each.count for each in delays if each.pattern} == {1, 2}
+    assert [each for each in delays if not each.pattern]
 
 
 def test_a_later_strike_takes_the_first_change_of_its_kind():

@@ -19,7 +19,8 @@ from pipeline.config import load
 from pipeline.stopping import STOPPED
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
-STEPS = 200
+STEPS = 300
+"""Enough for a second stage to be refused while the first is at work."""
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def run_dir(parents, tmp_path):
     return tmp_path
 
 
-def started(folder: Path, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+def started(folder: Path, *, processes: int = 1) -> subprocess.Popen[str]:
     """The stage pretrain at work in processes of its own."""
-    settings = [*SMOKE, f"--run={folder}", f"--training.steps={STEPS}", "--saving.every=0", *words]
+    settings = [*SMOKE, f"--run={folder}", f"--training.steps={STEPS}", "--saving.every=0"]
     launch = ["stages.pretrain"]
     if processes > 1:
         launch = ["pipeline.launch", str(processes), "stages.pretrain"]
@@ -64,19 +65,31 @@ def ended(process: subprocess.Popen[str]) -> int:
     return process.returncode
 
 
-def wait_for_rows(folder: Path, process: subprocess.Popen[str], *, count: int) -> None:
-    metrics, deadline = folder / "pretrain" / "metrics.jsonl", time.monotonic() + 90
-    while not metrics.is_file() or metrics.read_text().count("\n") < count:
+def lock_of(folder: Path) -> Path:
+    return folder / ".pretrain.lock"
+
+
+def rows(folder: Path) -> int:
+    metrics = folder / "pretrain" / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.is_file() else 0
+
+
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bytes(parents, run_dir, number):
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bytes(parents, run_dir):
     process = started(run_dir)
-    wait_for_rows(run_dir, process, count=2)
-    process.send_signal(number)
+    wait_for(lambda: lock_of(run_dir).is_file() and lock_of(run_dir).read_text(), process)
+    second = started(run_dir)  # on the same folder: it is refused, and the first goes on
+    assert ended(second) == 2
+    assert f"is being worked on by process {process.pid}" in second.said
+    wait_for(lambda: rows(run_dir) >= 2, process)
+    process.send_signal(signal.SIGTERM)
     assert ended(process) == STOPPED
     assert "which is saved; the same command goes on" in process.said
     (point,) = (run_dir / "pretrain" / "checkpoints").iterdir()
@@ -86,26 +99,10 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bytes(parents, 
     assert again.digest == open_artifact(parents / "pretrain", kind="causal-lm").digest
 
 
-def test_a_deadline_saves_before_it_comes(run_dir):
-    process = started(run_dir, f"--saving.deadline={time.time()}", "--saving.grace_seconds=1")
-    assert ended(process) == STOPPED
-    assert "the deadline is near: stopped after step 1, which is saved" in process.said
-
-
 def test_two_processes_stop_after_the_same_step(run_dir):
     process = started(run_dir, processes=2)
-    wait_for_rows(run_dir, process, count=2)
+    wait_for(lambda: rows(run_dir) >= 2, process)
     process.send_signal(signal.SIGTERM)
     assert ended(process) == STOPPED
     (point,) = (run_dir / "pretrain" / "checkpoints").iterdir()
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in point.iterdir()}
-
-
-def test_a_second_stage_on_the_same_folder_is_refused(run_dir):
-    first = started(run_dir)
-    wait_for_rows(run_dir, first, count=1)
-    second = started(run_dir)
-    assert ended(second) == 2
-    assert f"is being worked on by process {first.pid}" in second.said
-    first.send_signal(signal.SIGTERM)
-    assert ended(first) == STOPPED
