@@ -16,24 +16,39 @@ PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless an
 STAGES := data tokenizer pretrain sft reward ppo evaluate report
 OPTIONAL := reward_guard
 
+# Signs that make or the shell would take for their own, and what is left of a number's digits.
+comma := ,
+empty :=
+space := $(empty) $(empty)
+signs := ' " ` \ ; : % \# $$ & | < > ( ) [ ] { } * ? ! ~ =
+strange = $(foreach sign,$(signs),$(findstring $(sign),$1))
+no_digits = $(subst 0,,$(subst 1,,$(subst 2,,$(subst 3,,$(subst 4,,$(subst 5,,$(subst 6,,$(subst \
+	7,,$(subst 8,,$(subst 9,,$1))))))))))
+
+ifneq ($(words $(RECIPE))$(strip $(call strange,$(RECIPE)))$(findstring /,$(RECIPE)),1)
+$(error RECIPE must be the name of a folder below configs/, got '$(RECIPE)')
+endif
+ifeq ($(wildcard configs/$(RECIPE)/*.yaml),)
+$(error no recipe configs/$(RECIPE); recipes here: $(patsubst configs/%/data.yaml,%,$(wildcard configs/*/data.yaml)))
+endif
+ifneq ($(words $(RUN))$(strip $(call strange,$(RUN))),1)
+$(error RUN must be one folder without spaces or signs of the shell, got '$(RUN)')
+endif
+ifneq ($(words $(NPROC))$(call no_digits,$(NPROC))$(filter 0%,$(NPROC)),1)
+$(error NPROC must be a whole number of at least 1, got '$(NPROC)')
+endif
+ifneq ($(call no_digits,$(subst $(space),,$(SEEDS))),)
+$(error SEEDS must be whole numbers, got '$(SEEDS)')
+endif
+ifneq ($(ACCELERATE_CONFIG),$(if $(wildcard $(addsuffix /.,$(ACCELERATE_CONFIG))),,$(wildcard $(ACCELERATE_CONFIG))))
+$(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
+endif
+
 .DEFAULT_GOAL := all
 .PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench crash-test gpu-check \
 	help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
-
-ifneq ($(words $(RUN)),1)
-$(error RUN must be one folder without spaces, got '$(RUN)')
-endif
-ifeq ($(wildcard configs/$(RECIPE)/*.yaml),)
-$(error no recipe configs/$(RECIPE); recipes here: $(patsubst configs/%/data.yaml,%,$(wildcard configs/*/data.yaml)))
-endif
-ifneq ($(shell expr '$(NPROC)' : '[1-9][0-9]*$$'),$(strip $(shell printf %s '$(NPROC)' | wc -c)))
-$(error NPROC must be a whole number of at least 1, got '$(NPROC)')
-endif
-ifneq ($(ACCELERATE_CONFIG),$(wildcard $(ACCELERATE_CONFIG)))
-$(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
-endif
 
 # Stages named on the command line: ARGS and FORCE reach these and no other.
 named := $(if $(filter all,$(or $(MAKECMDGOALS),all)),$(STAGES)) \
@@ -91,10 +106,6 @@ endef
 $(foreach stage,$(STAGES) $(OPTIONAL),$(eval $(call rule,$(stage))))
 
 always:
-
-comma := ,
-empty :=
-space := $(empty) $(empty)
 
 seeds: $(venv) ## whole runs with SEEDS in folders of their own, and one table with intervals
 	@$(PYTHON) -m stages.seeds --recipe=$(RECIPE) --run=$(RUN) --num_processes=$(NPROC) \

@@ -4,7 +4,7 @@ import json
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, told
 from pipeline.origin import load_origin_tokenizer, locate
 from pipeline.tokenizer import PAD
 
@@ -69,7 +69,8 @@ def borrow_tokenizer(init_from: str, *, drop_default_system: bool = False) -> Bo
     if tokenizer.eos_token_id is None:
         raise UserError(f"init_from: the tokenizer of {init_from} has no EOS token")
     mended = []
-    template = _training_template(tokenizer, init_from, drop_default_system=drop_default_system)
+    with told(f"init_from: the chat template of {init_from} fails"):
+        template = _training_template(tokenizer, init_from, drop_default_system=drop_default_system)
     if template != tokenizer.chat_template:
         tokenizer.chat_template = template
         mended.append("the chat template marks what the assistant writes")

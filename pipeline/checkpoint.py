@@ -26,7 +26,7 @@ from pipeline.manifest import (
     mending_command,
     read_manifest,
 )
-from pipeline.points import Points, differences, log_sizes
+from pipeline.points import Points, differences, last_step, log_sizes
 from pipeline.saving import saving_of
 from pipeline.stopping import Stopped
 from pipeline.storage import (
@@ -314,7 +314,7 @@ def _open(run: StageRun) -> None:
     run.lock.acquire()
     try:
         _check_finished(run)
-        sent = _last_step(run.path / "metrics.jsonl")
+        sent = last_step(run.path / "metrics.jsonl")
         run.earlier_seconds = _prepare(run)
         sent = sent if run.latest_point() else 0
         run.tracker = open_tracker(run.config, stage=run.stage, digest=run.key, sent=sent)
@@ -366,20 +366,13 @@ def _prepare(run: StageRun) -> float:
     point = None if run.config.force else run.points.newest_good()
     if point is None:
         for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if _is_own_folder(entry) else entry.unlink()
         return 0.0
     for name, size in log_sizes(point).items():
         if (folder / name).is_file():
             os.truncate(folder / name, size)
     log.info("%s: goes on from step %d of %s", run.stage, point["step"], run.path)
     return float(point["elapsed_seconds"])
-
-
-def _last_step(log: Path) -> int:
-    """Returns the step of the last whole row of a log, 0 without any."""
-    lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
-    steps = [json.loads(line)["step"] for line in lines[-2:] if line.endswith(b"\n")]
-    return int(steps[-1]) if steps else 0
 
 
 def _withdraw(run: StageRun) -> None:
@@ -389,6 +382,10 @@ def _withdraw(run: StageRun) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if former.is_dir():
             former.replace(folder)
+
+
+def _is_own_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.is_symlink()
 
 
 def _former(path: Path) -> Path:

@@ -43,7 +43,12 @@ DISK_TROUBLE = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
     errno.EROFS: "the file system is read-only: choose another folder with RUN=",
+    errno.EEXIST: "a file stands where a folder is needed: remove it or choose another RUN=",
     errno.ENOTDIR: "a file stands where a folder is needed: remove it or choose another RUN=",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter RUN=",
+    errno.EISDIR: "a folder stands where a file is needed: remove it or choose another RUN=",
+    errno.ELOOP: "its links lead in a circle: choose another folder with RUN=",
+    errno.EPERM: "not permitted: choose another folder with RUN=",
     errno.EACCES: "permission denied: make it writable or choose another folder with RUN=",
 }
 

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.plain_settings import check_values, check_words, check_yaml
 from pipeline.secrets import refuse_secrets
 
 CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides", "saving")
 """Fields that say where and how a stage runs; they do not change what it makes."""
+LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
+MOST_THREADS = 1024
+"""More than any machine's cores; libraries that are asked for millions take the process down."""
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,12 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: must be at least 0, got {self.seed}")
+        require(self.seed <= LARGEST_SEED, f"seed: must be at most {LARGEST_SEED}, got {self.seed}")
         require(self.threads >= 0, f"threads: must be at least 0, got {self.threads}")
+        require(
+            self.threads <= MOST_THREADS,
+            f"threads: must be at most {MOST_THREADS}, got {self.threads}",
+        )
         require(
             self.num_processes >= 1, f"num_processes: must be at least 1, got {self.num_processes}"
         )
@@ -111,17 +123,20 @@ def load(config_class: type[C], argv: Sequence[str] | None = None, *, stage: str
             file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    path = Path("configs") / _recipe_of(words) / f"{stage}.yaml"
+    path = Path("configs") / checked_recipe(_recipe_of(words)) / f"{stage}.yaml"
     parser = _parser(config_class, stage=stage, path=path)
     if any(word in ("-h", "--help") for word in words):
         parser.parse_args(["--help"])
     if not path.is_file():
         raise UserError(f"no configuration {path}; recipes with this stage: {_recipes(stage)}")
+    check_yaml(path)
+    check_words(value for _, value in _pairs(words))
     try:
         values = vars(parser.instantiate(parser.parse_args(words)))
         names = {field.name for field in dataclasses.fields(config_class)}
         settings = {key: value for key, value in values.items() if key in names}
         config = config_class(**settings, overrides=overrides(words))
+        check_values(config)
         typed = {"command line": config.overrides}  # last, so that the setting's name is told
         refuse_secrets({**dataclasses.asdict(config), "overrides": (), **typed})
     except (UserError, argparse.ArgumentError, ValueError, TypeError) as error:
@@ -148,6 +163,20 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
             key, value = pairs[-1]
             pairs[-1] = (key, f"{value} {word}".strip())
     return pairs
+
+
+def checked_recipe(recipe: str) -> str:
+    """Returns a recipe's name.
+
+    Raises:
+        UserError: it cannot be the name of a folder below configs/.
+    """
+    is_name = recipe.isprintable() and "/" not in recipe and recipe not in (".", "..")
+    require(
+        is_name and len(recipe.encode()) <= LONGEST_NAME,
+        f"recipe: must be the name of a folder below configs/, got {recipe!r}",
+    )
+    return recipe
 
 
 def _recipe_of(words: Sequence[str]) -> str:

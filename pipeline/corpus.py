@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.tables import stage_rows
 from pipeline.errors import UserError
+from pipeline.tokenizer import rendering, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +41,9 @@ def pack(documents: Iterable[Sequence[int]], *, length: int) -> tuple["Tensor", 
 
 def read_corpus(path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int) -> Corpus:
     """Returns a file of text rows as packed rows."""
-    import pyarrow.parquet
-
     if not path.is_file():
         raise UserError(f"{path} does not exist: the data stage made no text rows. Run: make data")
-    documents = pyarrow.parquet.read_table(path).to_pylist()
+    documents = stage_rows(path, "text")
     tokens = encode_documents(tokenizer, documents)
     num_tokens = sum(map(len, tokens))
     if num_tokens < length:
@@ -72,14 +72,14 @@ def encode_documents(
     tokenizer: "PreTrainedTokenizerFast", documents: Iterable[Mapping[str, Any]]
 ) -> list[list[int]]:
     """Returns token ids of conversations in the chat template, or of plain texts up to EOS."""
-    rendered = [
-        tokenizer.apply_chat_template(document["messages"], tokenize=False)
-        if document.get("messages")
-        else document["text"].strip() + tokenizer.eos_token
-        for document in documents
-    ]
-    ids: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    return ids
+    with rendering(tokenizer):
+        rendered = [
+            tokenizer.apply_chat_template(document["messages"], tokenize=False)
+            if document.get("messages")
+            else document["text"].strip() + tokenizer.eos_token
+            for document in documents
+        ]
+    return tokens_of(tokenizer, rendered)
 
 
 def stack(rows: Sequence["Tensor"]) -> dict[str, "Tensor"]:

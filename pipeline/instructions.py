@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.tables import stage_rows
 from pipeline.errors import UserError
+from pipeline.tokenizer import encode_conversation, rendering, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +40,11 @@ class Examples:
 
 def read_examples(path: Path, *, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> Examples:
     """Returns a file of instruction rows as tokens, without rows longer than max_length."""
-    import pyarrow.parquet
-
     if not path.is_file():
         raise UserError(
             f"{path} does not exist: the data stage made no instructions. Run: make data"
         )
-    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows = stage_rows(path, "instructions")
     examples = encode_rows(tokenizer, rows)
     fitting = [example for example in examples if len(example.input_ids) <= max_length]
     if not fitting:
@@ -68,11 +68,11 @@ def encode_rows(
 def _encode_conversations(
     tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[list[dict[str, str]]]
 ) -> list[Example]:
-    from pipeline.tokenizer import encode_conversation
-
     examples = []
     for messages in conversations:
         ids, learned = encode_conversation(tokenizer, messages)
+        if not any(learned):
+            raise UserError("the chat template marks nothing that the assistant writes")
         labels = [i if learn else IGNORED for i, learn in zip(ids, learned, strict=True)]
         examples.append(Example(ids, labels))
     return examples
@@ -84,12 +84,14 @@ def _encode_pairs(
     """Encodes many pairs at once: the same tokens as encode_prompt and encode_response."""
     if not pairs:
         return []
-    prompts = tokenizer.apply_chat_template(
-        [_messages(pair["prompt"]) for pair in pairs], add_generation_prompt=True, tokenize=False
-    )
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     replies = [_text(pair["completion"]) for pair in pairs]
-    reply_ids = tokenizer(replies, add_special_tokens=False)["input_ids"]
+    with rendering(tokenizer):
+        prompts = tokenizer.apply_chat_template(
+            [_messages(pair["prompt"]) for pair in pairs],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    prompt_ids, reply_ids = tokens_of(tokenizer, prompts), tokens_of(tokenizer, replies)
     end = [tokenizer.eos_token_id]
     return [
         Example(prompt + reply + end, [IGNORED] * len(prompt) + reply + end)

@@ -22,6 +22,10 @@ from typing import Any
 
 import psutil
 
+from pipeline.distributed import num_cores
+
+log = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
@@ -29,6 +33,10 @@ PASSED_ON = {
     signal.SIGHUP: signal.SIGTERM,
 }
 """What the processes get of the signals that come here."""
+MOST_PER_CORE = 16
+"""Processes that a core is asked to share; more would only take the machine's memory."""
+USER_MISTAKE = 2
+"""Exit code of what the user can mend, as stages have it."""
 SHUTDOWN_SECONDS = 60
 """How long the other processes may take to end after the first has ended with a failure."""
 
@@ -64,6 +72,10 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: number of processes, module, and the module's own words.
     """
+    processes, *program = argv
+    if int(processes) > (most := MOST_PER_CORE * num_cores()):
+        log.error("NPROC=%s: at most %d processes on this machine's cores", processes, most)
+        return USER_MISTAKE
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a stage sets its own number of threads
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,7 +85,6 @@ def main(argv: Sequence[str]) -> int:
     for number in PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _pass_on)
-    processes, *program = argv
     store = loopback_store()
     config = LaunchConfig(
         min_nodes=1,

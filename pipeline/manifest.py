@@ -4,14 +4,48 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.shapes import (
+    are_texts,
+    each,
+    holds,
+    is_amount,
+    is_digest,
+    is_object,
+    is_text,
+    is_whole,
+    mapping,
+)
 from pipeline.storage import read_json, sealed
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 """Version 1 had no digest of the manifest itself."""
-PARTS = {"stage": str, "kind": str, "config": dict, "parents": dict, "files": dict}
+FILES = each(mapping({"sha256": holds(is_digest), "size": holds(is_whole)}))
+PARENTS = each(
+    mapping(dict.fromkeys(("stage", "kind"), holds(is_text)) | {"digest": holds(is_digest)})
+)
+CONTENT = mapping(
+    {
+        "stage": holds(is_text),
+        "kind": holds(is_text),
+        "config": holds(is_object),
+        "parents": PARENTS,
+        "files": FILES,
+    }
+)
 """What is read of a manifest's content."""
+CIRCUMSTANCES = mapping(
+    {
+        "summary": holds(is_object),
+        "wall_seconds": holds(is_amount),
+        "peak_memory_gib": holds(is_amount),
+        "num_processes": holds(is_whole),
+        "git_commit": holds(is_text),
+        "overrides?": holds(are_texts),
+    }
+)
+"""What is read of its circumstances."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -23,15 +57,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path, mend = folder / MANIFEST, f"{mending_command(folder)} FORCE=1"
     manifest: Any = read_json(path)
+    if isinstance(manifest, dict) and not is_object(manifest):
+        raise UserError(f"{path} is damaged: its texts are no UTF-8, or too deep. Run: {mend}")
     content: Any = manifest.get("content") if isinstance(manifest, dict) else None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version not in READABLE:
         raise UserError(f"{path} {_refusal(manifest, version)}, or run: {mend}")
     if (version > 1 or "sha256" in manifest) and sealed(manifest) != manifest:
         raise UserError(f"{path} was altered. Run: {mend}")
-    damaged = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
-    if damaged or not isinstance(manifest.get("circumstances"), dict):
-        raise UserError(f"{path} is damaged: no {(damaged or ['circumstances'])[0]}. Run: {mend}")
+    place = CONTENT(content)
+    if place is None:
+        place = mapping({"circumstances": CIRCUMSTANCES})(manifest)
+    if place is not None:
+        raise UserError(f"{path} is damaged: no {place}. Run: {mend}")
     checked: dict[str, Any] = manifest
     return checked
 

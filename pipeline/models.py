@@ -11,15 +11,22 @@ from torch import Tensor, nn
 from pipeline.architecture import Architecture
 from pipeline.attention import is_packed
 from pipeline.config import require
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, told
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
 from pipeline.sequences import collate, wide
+from pipeline.shapes import is_number, is_whole
+from pipeline.storage import read_json
 from pipeline.streams import stream
+from pipeline.tokenizer import encode_prompt
+from pipeline.weights import load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SMALLEST_STD = 1e-9
+"""Smallest deviation of scores that means anything; by less they would be divided to infinity."""
 
 
 def build_causal_lm(
@@ -111,12 +118,21 @@ def load_classifier(path: Path | str) -> "PreTrainedModel":
     """Returns the sequence classifier of a folder in float32, in evaluation mode.
 
     Raises:
-        UserError: it has not exactly one label.
+        UserError: it has not exactly one label, or normalisation constants that are none.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    with told(f"{path}: no model could be loaded from there"):
+        labels = from_pretrained(AutoConfig, path, weights=False).num_labels
+    require(labels == 1, f"{path} is no reward model: it has several labels")
     model = _load(AutoModelForSequenceClassification, path)
-    require(model.config.num_labels == 1, f"{path} is no reward model: it has several labels")
+    if has_constants(model):
+        mean, std = model.config.reward_mean, model.config.reward_std
+        require(
+            is_number(mean) and is_number(std) and std > SMALLEST_STD,
+            f"{path}/config.json: reward_mean {mean!r} and reward_std {std!r} normalise nothing. "
+            f"Run: make {Path(path).name} FORCE=1",
+        )
     return model
 
 
@@ -156,20 +172,15 @@ def load_with_new_head(
     float32, or the body as `pipeline.lora.quantisation` says.
     """
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the head that is reported missing is meant to be new
     torch.manual_seed(stream(seed, "head"))
-    try:
-        model = _load(
-            AutoModelForSequenceClassification,
-            path,
-            num_labels=1,
-            quantization_config=quantisation,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    model = _load(
+        AutoModelForSequenceClassification,
+        path,
+        new_head=True,
+        num_labels=1,
+        quantization_config=quantisation,
+    )
     model.config.pad_token_id = pad_id
     model.config.id2label, model.config.label2id = {0: "score"}, {"score": 0}
     with torch.no_grad():
@@ -185,20 +196,14 @@ def head_of(model: Any) -> nn.Linear:
 
 
 def _load(auto_class: Any, path: Path | str, **options: Any) -> "PreTrainedModel":
-    try:
-        model = from_pretrained(
-            auto_class,
-            path,
-            weights=True,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no model could be loaded from there ({first_line(error)})"
-        ) from error
+    model = load_whole(
+        auto_class,
+        path,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        **options,
+    )
     return model.eval()
 
 
@@ -210,19 +215,35 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer
 
-    try:
+    with told(f"{path}: no tokenizer could be loaded from there"):
         tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no tokenizer could be loaded from there ({first_line(error)})"
-        ) from error
     require(tokenizer.chat_template is not None, f"{path}: the tokenizer has no chat template")
     require(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no EOS token")
     require(
         tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id,
         f"{path}: the tokenizer's PAD must be a token of its own, not EOS",
     )
+    require(
+        bool(encode_prompt(tokenizer, "hello")),
+        f"{path}: the tokenizer's chat template makes nothing of a prompt",
+    )
+    _check_ids(tokenizer, Path(path) / "config.json")
     return tokenizer
+
+
+def _check_ids(tokenizer: Any, config: Path) -> None:
+    """Raises UserError where a token has no row in the embeddings of the model beside it.
+
+    Without a model there is to be a row per token.
+    """
+    beside = read_json(config) if config.is_file() else {"vocab_size": len(tokenizer)}
+    rows: Any = beside.get("vocab_size") if isinstance(beside, dict) else None
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    require(
+        not is_whole(rows) or highest < rows,
+        f"{config.parent}: the tokenizer has a token of id {highest}, and a model of it {rows} "
+        "rows of embeddings",
+    )
 
 
 def take_raw_scores(model: Any) -> None:

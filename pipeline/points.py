@@ -5,6 +5,7 @@ then and nobody changes them. Until a point is renamed the one before it counts.
 """
 
 import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.errors import UserError
+from pipeline.errors import UserError, line_of
+from pipeline.manifest import FILES
+from pipeline.shapes import each, holds, is_amount, is_object, is_text, is_whole, mapping
 from pipeline.storage import (
     CHECKPOINTS,
     files_of,
@@ -31,6 +34,20 @@ FORMAT_VERSION = 2
 READABLE = (1, 2)
 """Version 1 had no digests of itself and of the logs."""
 POINT = "point.json"
+LOG = mapping({"size": holds(is_whole), "sha256": holds(is_text)})
+RECORD = mapping(
+    {
+        "step": holds(is_whole),
+        "key": holds(is_text),
+        "elapsed_seconds": holds(is_amount),
+        "files": FILES,
+        "config?": holds(is_object),
+        "parents?": holds(is_object),
+    }
+)
+"""What is read of a point of any version."""
+LOGS_OF = {1: each(holds(is_whole)), 2: each(LOG)}
+"""What it says of the logs, by version."""
 LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
 REPRODUCIBLE = ("metrics.jsonl", "samples.jsonl")
 """Logs of which a point knows the digest; clocks are not worth a refusal."""
@@ -132,7 +149,7 @@ class Points:
         """Returns the folders of all points, oldest first."""
         folder = self.folder / CHECKPOINTS
         found = folder.glob("step-*") if folder.is_dir() else ()
-        return sorted(found, key=step_of)
+        return sorted(filter(_is_point, found), key=step_of)
 
     def latest(self) -> tuple[int, Path] | None:
         """Returns step and folder of the newest point, or None at a fresh start."""
@@ -155,7 +172,8 @@ class Points:
                     self._rotate()
                     return point
                 reason = self._foreign(folder, point)
-            log.warning("%s: resume point %s is not used: %s", self.stage, folder, reason)
+            told = line_of(reason)
+            log.warning("%s: resume point %s is not used: %s", self.stage, folder, told)
             shutil.rmtree(folder)
         return None
 
@@ -176,14 +194,25 @@ def fault_of(folder: Path) -> str | None:
         point = read_json(folder / POINT)
     except (OSError, UserError) as error:
         return str(error)
+    fault = _fault_of_record(point, step=step_of(folder))
+    if fault is None and files_of(folder) != point["files"]:
+        return f"a file is missing, damaged or foreign ({_first_fault(folder, point['files'])})"
+    return fault or _fault_of_logs(folder.parent.parent, point)
+
+
+def _fault_of_record(point: Any, *, step: int) -> str | None:
+    """Returns what is wrong with what a point says of itself, or None."""
+    if not is_object(point):
+        return f"{POINT} is damaged"
     version = point.get("format_version", 1)
     if version not in READABLE:
         return f"its format {version} is unknown here"
     if (version > 1 or "sha256" in point) and sealed(point) != point:
         return f"{POINT} is damaged"
-    if files_of(folder) != point["files"]:
-        return f"a file is missing, damaged or foreign ({_first_fault(folder, point['files'])})"
-    return _fault_of_logs(folder.parent.parent, point)
+    place = mapping({"logs": LOGS_OF[version]})(point) or RECORD(point)
+    if place is not None or point["step"] != step:
+        return f"{POINT} is damaged: no {place or 'step of this point'}"
+    return None
 
 
 def _fault_of_logs(stage_folder: Path, point: Mapping[str, Any]) -> str | None:
@@ -207,9 +236,31 @@ def log_sizes(point: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def last_step(log: Path) -> int:
+    """Returns the step of the last whole row of a log, 0 without any."""
+    lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+    steps = [_step_in(line) for line in lines[-2:] if line.endswith(b"\n")]
+    return steps[-1] if steps else 0
+
+
+def _step_in(line: bytes) -> int:
+    """Returns the step of a row of a log, 0 of a damaged one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return 0
+    step: Any = row.get("step") if isinstance(row, dict) else 0
+    return step if is_whole(step) else 0
+
+
 def step_of(folder: Path) -> int:
     """Returns the number of a point's folder."""
     return int(folder.name.removeprefix("step-"))
+
+
+def _is_point(folder: Path) -> bool:
+    """Returns whether a folder has a point's name; what else lies there is somebody else's."""
+    return folder.is_dir() and folder.name.removeprefix("step-").isdecimal()
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:

@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
     """Returns what a JSON file holds; raises UserError when it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
 
 
@@ -93,17 +93,39 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a JSON Lines file; none when it does not exist.
 
     Raises:
-        UserError: a line is not JSON; it is named.
+        UserError: it is not UTF-8, or a line is no JSON object; it is named.
     """
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
+    for where, line in text_lines(path):
+        row = parse_json(line, where=where)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object")
+        rows.append(row)
     return rows
+
+
+def text_lines(path: Path) -> list[tuple[str, str]]:
+    """Returns the lines of a text file, each with its place; a text may hold Unicode's own ends.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """Returns what a text of JSON says; raises UserError, naming the place, when it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
 
 
 def write_json(path: Path, value: Any) -> None:

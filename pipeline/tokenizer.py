@@ -1,11 +1,12 @@
 """The tokenizer: byte-level BPE training, the chat template, the one text path of all stages."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.cleaning import MARKERS
-from pipeline.errors import UserError, first_line
+from pipeline.errors import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -25,6 +26,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
 """`<|role|>content<|end|>` for each message; a reply and its end lie between generation markers."""
+
+_LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
+"""What is parted for the training: it takes time quadratic in the length of a word."""
 
 Prompt = str | Sequence[dict[str, str]]
 
@@ -46,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> "Tokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_LONG_WORD.sub(r"\1 ", text) for text in texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -79,15 +83,11 @@ def rendering(tokenizer: "Tokenizer") -> Iterator[None]:
     Raises:
         UserError: the template refuses the conversation, is broken, or reaches for Python.
     """
-    from jinja2 import TemplateError
-
-    try:
+    with told(
+        f"{tokenizer.name_or_path}: its chat template fails",
+        mend="Mend chat_template.jinja there, or the rows that it refuses",
+    ):
         yield
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its chat template fails ({first_line(error)}). Mend "
-            "chat_template.jinja there, or the rows that it refuses"
-        ) from error
 
 
 def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, str]]) -> list[int]:
@@ -98,8 +98,18 @@ def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, s
         response: a text, or the assistant's message in a list of one.
     """
     text = response if isinstance(response, str) else response[0]["content"]
-    ids: list[int] = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    return [*tokens_of(tokenizer, [text.strip()])[0], tokenizer.eos_token_id]
+
+
+def tokens_of(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of texts as they stand, without special tokens.
+
+    Raises:
+        UserError: one is no text that a tokenizer reads: it holds half of a surrogate pair.
+    """
+    with told(f"{tokenizer.name_or_path}: its tokenizer fails", mend="Mend the rows of the data"):
+        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def encode_conversation(

@@ -20,10 +20,11 @@ from pipeline.data.card import card
 from pipeline.data.cleaning import num_words
 from pipeline.data.collection import Collection
 from pipeline.data.files import OwnRows, file_digest, own_rows
-from pipeline.data.formats import Row, write_rows
+from pipeline.data.formats import write_rows
 from pipeline.data.prompts import prompts_of
 from pipeline.data.ratings import SETS, rankings, split_rated
 from pipeline.data.splits import SPLITS, Split, assign
+from pipeline.data.tables import Row
 from pipeline.distributed import only_main
 from pipeline.errors import UserError
 from pipeline.storage import write_json
@@ -105,6 +106,12 @@ class Ratings:
             self.synthetic_texts >= 20,
             f"ratings.synthetic_texts: must be at least 20, got {self.synthetic_texts}",
         )
+
+    @property
+    def unwanted(self) -> list[str]:
+        """Row types that no set is named for."""
+        named = {"preferences": self.sets, "guard_preferences": self.guard_sets}
+        return [row_type for row_type, sets in named.items() if not sets]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +253,7 @@ def _add_ratings(collected: Collection, config: Config) -> None:
     named = {"preferences": ratings.sets, "guard_preferences": ratings.guard_sets}
     wanted = {row_type: sets for row_type, sets in named.items() if not collected.has(row_type)}
     require(collected.has("prompts"), "ratings.source: rankings need prompts, and there are none")
+    collected.require_rows("prompts")
     prompts = short_prompts(collected.training_prompts(), max_words=ratings.max_prompt_words)
     rated, source = sources.ratings(
         tuple(name for sets in wanted.values() for name in sets),
@@ -287,6 +295,8 @@ def run(config: Config) -> None:
     with begin(config, stage="data", kind="dataset", parents={}) as stage:
         collected = _collect(config)
         require(bool(collected.rows), "chats.source: every source is none, so there are no rows")
+        wanted = [name for name in collected.rows if name not in config.ratings.unwanted]
+        collected.require_rows(*wanted)
         for row_type, by_split in collected.rows.items():
             for split, rows in by_split.items():
                 write_rows(stage.path, row_type, split=split, rows=rows)

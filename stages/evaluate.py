@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
+from pipeline.data.tables import stage_rows
 from pipeline.distributed import gather_objects, is_main, rank, setup, world_size
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS
 from pipeline.spacing import evenly_spaced
@@ -146,8 +147,6 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
     Raises:
         UserError: no test prompts, or fewer than asked for.
     """
-    import pyarrow.parquet
-
     from pipeline.evaluation.judge import Prompts
     from pipeline.evaluation.prompt_files import prompt_text
     from pipeline.models import load_tokenizer
@@ -155,7 +154,7 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
 
     path = parents["data"].path / "prompts-test.parquet"
     require(path.is_file(), f"{path} does not exist. Run: make data FORCE=1")
-    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows = stage_rows(path, "prompts")
     tokenizer, longest = load_tokenizer(parents["sft"].path), parents["ppo"].config
     pairs = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]
     usable = [pair for pair in pairs if len(pair[1]) <= longest["max_prompt_tokens"]]
@@ -286,12 +285,13 @@ def measure_tax(
 
 def generate_in_bulk(config: Config, *, device: Any) -> None:
     """Writes one reply for every prompt of a file."""
-    from pipeline.evaluation.prompt_files import read_prompts, write_replies
+    from pipeline.evaluation.prompt_files import check_output, read_prompts, write_replies
     from pipeline.evaluation.sampling import Sampling, load_any, reply_to_all
     from pipeline.parallel import choose_workers
 
     wanted = config.generate
     prompts = read_prompts(Path(wanted.prompts))
+    check_output(Path(wanted.output), prompts=Path(wanted.prompts))
     model, tokenizer = load_any(wanted.model)
     mine = range(rank(), len(prompts), world_size())
     replies = reply_to_all(

@@ -44,6 +44,10 @@ class Config(StageConfig):
             distinct and min(self.seeds) >= 0,
             f"seeds: must be different numbers from 0 on, got {self.seeds}",
         )
+        require(
+            self.run_dir.name not in ("", ".."),
+            f"run: {self.run_dir} is no folder with a name, beside which those of the seeds lie",
+        )
         require(self.parallel >= 1, f"parallel: must be at least 1, got {self.parallel}")
 
     def seed_folder(self, seed: int) -> Path:

@@ -186,9 +186,23 @@ def test_an_accelerate_config_decides_the_processes_unless_nproc_does(checkout):
     ("word", "message"),
     [
         ("RECIPE=nope", "no recipe configs/nope; recipes here: tiny"),
-        ("RUN=two words", "RUN must be one folder without spaces, got 'two words'"),
+        ("RECIPE=tiny/../tiny", "RECIPE must be the name of a folder below configs/, got 'tiny/.."),
+        ("RECIPE=t*", "RECIPE must be the name of a folder below configs/, got 't*'"),
+        ("RUN=two words", "RUN must be one folder without spaces or signs of the shell, got 'two"),
+        ("RUN=a;b", "RUN must be one folder without spaces or signs of the shell, got 'a;b'"),
+        ("RUN=lr=3", "RUN must be one folder without spaces or signs of the shell, got 'lr=3'"),
+        ("RUN=a:b", "RUN must be one folder without spaces or signs of the shell, got 'a:b'"),
+        ("RUN=a#b", "RUN must be one folder without spaces or signs of the shell, got 'a#b'"),
+        ("RUN=it's", "RUN must be one folder without spaces or signs of the shell, got 'it's'"),
+        ("RUN=", "RUN must be one folder without spaces or signs of the shell, got ''"),
         ("NPROC=0", "NPROC must be a whole number of at least 1, got '0'"),
         ("NPROC=two", "NPROC must be a whole number of at least 1, got 'two'"),
+        ("NPROC=", "NPROC must be a whole number of at least 1, got ''"),
+        ("NPROC=1 2", "NPROC must be a whole number of at least 1, got '1 2'"),
+        ("NPROC='; touch hacked; '", "NPROC must be a whole number of at least 1, got"),
+        ("SEEDS=x", "SEEDS must be whole numbers, got 'x'"),
+        ("SEEDS=1,2", "SEEDS must be whole numbers, got '1,2'"),
+        ("ACCELERATE_CONFIG=configs", "ACCELERATE_CONFIG names no file: configs"),
         ("ACCELERATE_CONFIG=no.yaml", "ACCELERATE_CONFIG names no file: no.yaml"),
     ],
 )
@@ -197,6 +211,15 @@ def test_a_wrong_variable_is_told_in_one_line(checkout, word, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+    assert calls(checkout) == []
+    assert not (checkout / "hacked").exists()
+
+
+@pytest.mark.parametrize("run", ["..", "a/../b", "./x", "x/", "sünde", "-x", "a,b", "a@b+c"])
+def test_a_folder_of_any_other_name_is_a_run(checkout, run):
+    result = make(checkout, "-n", "data", f"RUN={run}")
+    assert result.returncode == 0, result.stderr
+    assert f"--run={run}" in result.stdout
 
 
 def pretend(folder: Path, name: str, script: str) -> None:

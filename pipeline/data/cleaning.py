@@ -9,13 +9,22 @@ MARKERS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffd]|[\ud800-\udfff]")
 _SPACE = re.compile(r"\s+")
+_LONG_NUMBER = re.compile(r"&#[0-9]{4000,};?")
+"""An entity that Python refuses to read as a number."""
 _NOT_WORD = re.compile(r"[^\w]+|_+")
+
+DEEPEST_ESCAPE = 8
+"""Times a text may have been escaped; more is no accident, and would take quadratic time."""
+LONGEST_NORMALISED = 2000
+"""Signs normalised at once: ordering a run of combining marks takes quadratic time."""
 
 
 def clean(text: str) -> str:
     """Returns the text with entities resolved (twice-escaped ones too) and single spaces."""
-    while (resolved := html.unescape(text)) != text:
-        text = resolved
+    for _ in range(DEEPEST_ESCAPE):
+        escaped, text = text, html.unescape(_LONG_NUMBER.sub(" ", text))
+        if text == escaped:
+            break
     return _SPACE.sub(" ", _CONTROL.sub(" ", text)).strip()
 
 
@@ -24,7 +33,9 @@ def normalise(text: str) -> str:
 
     A text without any word (an emoticon) stands for itself.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    starts = range(0, len(text), LONGEST_NORMALISED)
+    parts = (text[start : start + LONGEST_NORMALISED] for start in starts)
+    folded = "".join(unicodedata.normalize("NFKC", part) for part in parts).casefold()
     return _NOT_WORD.sub(" ", folded).strip() or text.strip()
 
 

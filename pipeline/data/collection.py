@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.data.formats import Row, texts_of
+from pipeline.data.formats import texts_of
 from pipeline.data.sources import Source
 from pipeline.data.splits import SPLITS
+from pipeline.data.tables import Row
+from pipeline.errors import UserError
 
 
 @dataclass
@@ -20,6 +22,17 @@ class Collection:
     def has(self, *row_types: str) -> bool:
         """Whether rows of all these types were added."""
         return all(row_type in self.rows for row_type in row_types)
+
+    def require_rows(self, *row_types: str) -> None:
+        """Raises UserError, which tells what was dropped, where a type has no training rows."""
+        for row_type in row_types:
+            if not self.rows[row_type]["train"]:
+                dropped = self.source_of[row_type].dropped
+                reasons = ", ".join(f"{why}: {count}" for why, count in sorted(dropped.items()))
+                raise UserError(
+                    f"no {row_type} are left to train on (dropped: {reasons or 'none'}); bring "
+                    "more data, or loosen what drops them"
+                )
 
     def add(self, row_type: str, rows: Mapping[str, Sequence[Row]], *, source: Source) -> None:
         """Takes the rows of one type and counts them for their source."""

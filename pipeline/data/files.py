@@ -10,12 +10,15 @@ from typing import Any
 
 from pipeline.config import portable, require
 from pipeline.data.cleaning import has_marker
-from pipeline.data.formats import Row, check_row, row_texts
+from pipeline.data.formats import check_row, row_texts
 from pipeline.data.sources import Source
 from pipeline.data.splits import Split
+from pipeline.data.tables import Row, parquet_rows
 from pipeline.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+LONGEST_CELL = 2**30
+"""Signs of one cell of a CSV file; Python's own limit of 131,072 is less than a long document."""
 HUB_FORMATS = ("arrow", "csv", "json", "parquet", "text")
 """Formats of a hub data set that hold text alone, by the names of datasets' builders."""
 
@@ -82,7 +85,9 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
         else:
             rows.append(row)
     if not rows:
-        raise UserError(f"{own.path or source.origin}: no {row_type} rows in it")
+        dropped = sum(source.dropped.values())
+        why = f" ({dropped} were dropped: a special token in the text)" if dropped else ""
+        raise UserError(f"{own.path or source.origin}: no {row_type} rows in it{why}")
     return rows, source
 
 
@@ -114,18 +119,23 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{where}: the line is empty")
             try:
                 yield where, json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not JSON ({first_line(error)})") from error
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            header = list(reader.fieldnames or ())
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise UserError(f"{path} line 1: two columns are named {', '.join(twice)!r}")
             for row in reader:
                 where = f"{path} line {reader.line_num}"
                 if None in row or None in row.values():
-                    columns = len(reader.fieldnames or ())
+                    columns = len(header)
                     raise UserError(f"{where}: not as many cells as the header's {columns} columns")
                 # An empty cell is an absent value, so that an optional column may have gaps.
                 yield where, {name: cell for name, cell in row.items() if cell}
@@ -134,14 +144,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file ({error})") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(parquet_rows(path), start=1):
         yield f"{path} row {number}", row
 
 

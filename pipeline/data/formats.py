@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cleaning import clean
+from pipeline.data.tables import FORMS, Row, parquet_rows, stage_rows
 from pipeline.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 
-Row = dict[str, Any]
+LARGEST = 10**9
+"""Largest score, rating or margin: differences of such stay finite in every precision."""
 
 
 def write_rows(folder: Path, row_type: str, *, split: str, rows: Sequence[Row]) -> None:
@@ -39,15 +41,12 @@ def read_rows(folder: Path, row_type: str, *, split: str) -> list[Row]:
     """Returns the rows of one type and split.
 
     Raises:
-        UserError: the data folder has no such rows.
+        UserError: the data folder has no such rows, or they are damaged.
     """
-    from pyarrow import parquet
-
     path = folder / f"{row_type}-{split}.parquet"
     if not path.is_file():
         raise UserError(f"{folder} has no {row_type} rows for {split}: configure them for data")
-    rows: list[Row] = parquet.read_table(path).to_pylist()
-    return rows
+    return stage_rows(path, row_type) if row_type in FORMS else parquet_rows(path)
 
 
 def check_row(row: Any, row_type: str, *, where: str) -> Row:
@@ -70,9 +69,9 @@ def check_row(row: Any, row_type: str, *, where: str) -> Row:
     }.get(row_type, _preference)
     try:
         checked = build(row)
+        checked["group"] = _label(row.get("group"), "group") or row_texts(checked)[0]
     except _BadRowError as error:
         raise UserError(f"{where}: {error}") from None
-    checked["group"] = str(row.get("group") or row_texts(checked)[0])
     return checked
 
 
@@ -130,18 +129,25 @@ def _ranking(row: Row) -> Row:
         raise _BadRowError("responses must be a list of at least two texts")
     if not isinstance(scores, list) or len(scores) != len(responses):
         raise _BadRowError("scores must be a list as long as responses")
-    ids = row.get("ids") or [str(index) for index in range(len(responses))]
+    ids = row.get("ids") or list(range(len(responses)))
     ratings = row.get("ratings") or [[] for _ in responses]
-    if len(ids) != len(responses) or len(ratings) != len(responses):
-        raise _BadRowError("ids and ratings must be lists as long as responses")
+    for given in (ids, ratings):
+        if not isinstance(given, list) or len(given) != len(responses):
+            raise _BadRowError("ids and ratings must be lists as long as responses")
     return {
         "prompts": [_string({"prompt": prompts[0]}, "prompt")],
-        "set": str(row.get("set") or "own"),
-        "ids": [str(key) for key in ids],
+        "set": _label(row.get("set"), "set") or "own",
+        "ids": [_label(key, "ids") for key in ids],
         "responses": [_string({"response": text}, "response") for text in responses],
         "scores": [_number(score, "scores") for score in scores],
-        "ratings": [[round(_number(value, "ratings")) for value in given] for given in ratings],
+        "ratings": [_ratings(given) for given in ratings],
     }
+
+
+def _ratings(given: Any) -> list[int]:
+    if not isinstance(given, list):
+        raise _BadRowError("ratings must hold a list for each of the responses")
+    return [round(_number(value, "ratings")) for value in given]
 
 
 def _prompt_value(row: Row, name: str) -> str | list[dict[str, str]]:
@@ -185,12 +191,25 @@ def _string(row: Row, name: str) -> str:
     return text
 
 
+def _label(value: Any, name: str) -> str:
+    """A name or number of a group, a set or a text; empty where there is none."""
+    if value is None:
+        return ""
+    if not isinstance(value, str | int | float):
+        raise _BadRowError(f"{name} must be a text or a number, got {type(value).__name__}")
+    return clean(str(value))
+
+
 def _number(value: Any, name: str) -> float:
-    """A finite number; CSV cells come as text."""
+    """A finite number within LARGEST; CSV cells come as text."""
     try:
-        number = float(value)
+        number = float("no number" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         raise _BadRowError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        number = math.copysign(2 * LARGEST, value)
     if not math.isfinite(number):
         raise _BadRowError(f"{name} must be finite, got {value!r}")
+    if abs(number) > LARGEST:
+        raise _BadRowError(f"{name} must be between ±{LARGEST:,}, got {value!r}")
     return number

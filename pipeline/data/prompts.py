@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from pipeline.data.cleaning import normalise
-from pipeline.data.formats import Row, row_texts, texts_of
+from pipeline.data.formats import row_texts, texts_of
 from pipeline.data.splits import SPLITS
+from pipeline.data.tables import Row
 
 
 def prompts_of(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.shapes import is_text
+from pipeline.storage import parse_json, text_lines
 
 Prompt = str | list[dict[str, str]]
 
@@ -30,21 +32,29 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if not path.is_file():
         raise UserError(f"generate.prompts: no such file: {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    lines = [(where, line) for where, line in text_lines(path) if line.strip()]
+    if not lines:
         raise UserError(f"{path}: holds no prompt")
     if path.suffix != ".jsonl":
-        return [line.strip() for _, line in numbered]
-    return [_parse(line, where=f"{path}, line {number}") for number, line in numbered]
+        return [line.strip() for _, line in lines]
+    return [_parse(line, where=where) for where, line in lines]
+
+
+def check_output(path: Path, *, prompts: Path) -> None:
+    """Makes the folder of a file of replies, before there are any to lose.
+
+    Raises:
+        UserError: the file is a folder, or the file of prompts itself.
+    """
+    if path.is_dir():
+        raise UserError(f"generate.output: {path} is a folder; name a file in it")
+    if path.exists() and prompts.exists() and path.samefile(prompts):
+        raise UserError(f"generate.output: would replace the prompts, {prompts}; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_replies(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes the rows as JSON Lines, under a temporary name first so that no half file remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -58,12 +68,9 @@ def write_replies(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _parse(line: str, *, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from error
-    prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-    if isinstance(prompt, str) and prompt.strip():
+    row = parse_json(line, where=where)
+    prompt: Any = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+    if is_text(prompt) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
         return prompt
@@ -73,8 +80,4 @@ def _parse(line: str, *, where: str) -> Prompt:
 
 
 def _is_message(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str)
-    )
+    return isinstance(value, dict) and is_text(value.get("role")) and is_text(value.get("content"))

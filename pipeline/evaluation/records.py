@@ -1,6 +1,24 @@
 """What is measured on one prompt: a plain row that processes can exchange and files can hold."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.shapes import holds, is_number, is_text, mapping
+from pipeline.storage import read_jsonl
+
+JUDGED = mapping({"text": holds(is_text), "gold": holds(is_number), "reward": holds(is_number)})
+RECORD = mapping(
+    {
+        "prompt": holds(is_text),
+        "group": holds(is_text),
+        "kl": holds(is_number),
+        "sft": JUDGED,
+        "ppo": JUDGED,
+    }
+)
+"""What is read again of a row of samples.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +62,22 @@ class Record:
     """log PPO - log SFT of PPO's reply, in nats."""
     draws: tuple[Draw, ...] = ()
     """Further SFT replies, independent of `sft`; empty where best-of-n is not measured."""
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of an evaluation's samples.jsonl: a record each.
+
+    Raises:
+        UserError: there are none, or one is damaged.
+    """
+    path = folder / "samples.jsonl"
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path} holds no samples. Run: make evaluate FORCE=1")
+    for number, row in enumerate(rows, start=1):
+        fault = RECORD(row)
+        if fault is not None:
+            raise UserError(
+                f"{path}, line {number}: {fault} is damaged. Run: make evaluate FORCE=1"
+            )
+    return rows

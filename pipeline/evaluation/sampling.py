@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.checkpoint import open_artifact
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, told
 from pipeline.evaluation.prompt_files import Prompt
 from pipeline.manifest import MANIFEST
 from pipeline.models import load_causal_lm
@@ -104,12 +104,8 @@ def load_any(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     elif not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} is no folder of a causal language model: it has no config.json")
     model = load_causal_lm(path)
-    try:
+    with told(f"{path}: no tokenizer could be loaded from there"):
         tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no tokenizer could be loaded from there ({first_line(error)})"
-        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so replies would never end")
     return model, tokenizer
@@ -162,7 +158,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if tokenizer.chat_template is not None:
         return encode_prompt(tokenizer, prompt)
     if isinstance(prompt, str):
-        return list(tokenizer(prompt).input_ids)
+        with told("generate.prompts: the tokenizer fails"):
+            return list(tokenizer(prompt).input_ids)
     raise UserError("generate.prompts: a conversation needs a model whose tokenizer has a template")
 
 

@@ -1,6 +1,5 @@
 """Several seeds of one recipe in one table."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluation.markdown import table
+from pipeline.evaluation.records import read_records
 from pipeline.evaluation.statistics import CONFIDENCE, Estimate, mean, outcomes, resample
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, Ranges, Target, with_ranges
-from pipeline.manifest import MANIFEST
-from pipeline.storage import read_json
+from pipeline.manifest import read_manifest
 
 STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report")
 INTERVAL = "95% interval of the mean by Student's t over seeds"
@@ -38,12 +37,7 @@ def pooled_win_rate(folders: Sequence[Path]) -> Estimate:
     Args:
         folders: runs whose `evaluate` is finished.
     """
-    lines = [
-        line
-        for folder in folders
-        for line in (folder / "evaluate" / "samples.jsonl").read_text("utf-8").splitlines()
-    ]
-    rows = [json.loads(line) for line in lines]
+    rows = [row for folder in folders for row in read_records(folder / "evaluate")]
     ppo, sft = (np.array([row[name]["gold"] for row in rows]) for name in ("ppo", "sft"))
     groups = [row["group"] for row in rows]
     return mean(outcomes(ppo, sft), resample(groups, samples=BOOTSTRAP_SAMPLES, seed=0))
@@ -56,7 +50,7 @@ def run_figures(folder: Path, *, summary: Mapping[str, float]) -> dict[str, floa
         folder: the run.
         summary: headline figures of its `evaluate`.
     """
-    about = [read_json(folder / stage / MANIFEST)["circumstances"] for stage in STAGES]
+    about = [read_manifest(folder / stage)["circumstances"] for stage in STAGES]
     return dict(summary) | {
         "minutes": sum(one["wall_seconds"] for one in about) / 60,
         "peak_memory_gib": max(one["peak_memory_gib"] for one in about),

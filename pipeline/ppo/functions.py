@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.distributed import on_main
 from pipeline.errors import UserError
+from pipeline.ppo.function_worker import receive, send
 from pipeline.reward.reading import Words
 
 START_SECONDS = 300.0
@@ -69,8 +70,8 @@ class Worker:
         Raises:
             UserError: it raised, hung, ended its process, or returned no finite number a response.
         """
-        with contextlib.suppress(BrokenPipeError):  # it has ended: receiving tells how
-            self.connection.send(batch)
+        with contextlib.suppress(OSError):  # it has ended: receiving tells how
+            send(self.connection, batch)
         return self._receive(self.timeout_seconds)
 
     def _receive(self, seconds: float) -> Any:
@@ -81,8 +82,13 @@ class Worker:
                 "in reward.sources, or mend it"
             )
         try:
-            kind, value = self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
+            kind, value = receive(self.connection)
+            if kind not in ("ready", "scores", "fault"):
+                raise ValueError(kind)
+        except (ValueError, TypeError, RecursionError) as error:
+            self.end()
+            raise UserError(f"{self.name} wrote into files that are not its own") from error
+        except (EOFError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE_SECONDS)
             self.end()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checkpoint import Artifact
-from pipeline.errors import UserError
 from pipeline.evaluation.markdown import ABOUT, equal_kl_sentence, headline
+from pipeline.evaluation.records import read_records
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, figures, judged, with_ranges
 from pipeline.ppo.diagnosis import PREFIX, RULES, Rule
 from pipeline.ppo.keep import kept_rollouts
@@ -64,9 +64,7 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
     """
     evaluation = artifacts["evaluate"].path
     results = read_json(evaluation / "results.json")
-    records = [row for row in read_jsonl(evaluation / "samples.jsonl") if "ppo" in row]
-    if not records:
-        raise UserError(f"{evaluation}/samples.jsonl holds no samples. Run: make evaluate FORCE=1")
+    records = read_records(evaluation)
     stages = [stage_view(artifact) for artifact in artifacts.values()]
     minutes = sum(stage.minutes for stage in stages)
     flat = figures(results)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config import require
-from pipeline.errors import UserError, first_line
+from pipeline.errors import told
 from pipeline.pretrained import from_pretrained
 from pipeline.tokenizer import (
     Prompt,
@@ -19,6 +19,7 @@ from pipeline.tokenizer import (
     encode_response,
     messages_of,
     rendering,
+    tokens_of,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ChatReading:
         """Returns what the model reads; a response that did not end is not closed."""
         before = encode_prompt(self.tokenizer, prompt)
         if not ended:
-            reply = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+            reply = tokens_of(self.tokenizer, [response])[0]
             return Exchange([*before, *reply], len(before))
         conversation = [*messages_of(prompt), {"role": "assistant", "content": response}]
         with rendering(self.tokenizer):
@@ -107,12 +108,8 @@ def load_reading(path: Path | str) -> Reading:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with told(f"{path}: no tokenizer could be loaded from there"):
         tokenizer = from_pretrained(AutoTokenizer, path, weights=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no tokenizer could be loaded from there ({first_line(error)})"
-        ) from error
     require(
         tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id,
         f"{path}: the tokenizer's PAD must be a token of its own, not EOS",

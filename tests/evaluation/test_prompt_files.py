@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evaluation.prompt_files import prompt_text, read_prompts, write_replies
+from pipeline.evaluation.prompt_files import check_output, prompt_text, read_prompts, write_replies
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -63,6 +63,7 @@ def test_what_is_not_text_is_refused(tmp_path):
 
 def test_replies_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "replies.jsonl"
+    check_output(path, prompts=tmp_path / "prompts.txt")
     write_replies(path, [{"response": "é"}, {"response": "b"}])
     assert path.read_text(encoding="utf-8") == '{"response": "é"}\n{"response": "b"}\n'
     with pytest.raises(TypeError):

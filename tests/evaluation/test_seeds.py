@@ -68,8 +68,15 @@ def test_a_recipe_may_have_ranges_of_its_own():
 
 def write_samples(folder, golds):
     (folder / "evaluate").mkdir(parents=True)
+    said = {"text": "hello", "reward": 0.0}
     rows = [
-        {"group": f"chat-{i // 2}", "ppo": {"gold": ours}, "sft": {"gold": theirs}}
+        {
+            "group": f"chat-{i // 2}",
+            "prompt": "hi",
+            "kl": 0.0,
+            "ppo": said | {"gold": ours},
+            "sft": said | {"gold": theirs},
+        }
         for i, (ours, theirs) in enumerate(golds)
     ]
     (folder / "evaluate" / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
