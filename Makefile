@@ -9,6 +9,7 @@ DEADLINE =##                 time at which the stages must have ended, in second
 ACCELERATE_CONFIG =##        accelerate's YAML for GPUs and clusters, as in configs/accelerate/ddp.yaml
 SEEDS = 1 2 3##              seeds of 'make seeds'
 KILLS = 100##                kills of 'make crash-test'
+EXAMPLES = 1000##            examples that each test of 'make fuzz' draws
 SEED = 1##                   seed of the instants at which 'make crash-test' kills
 MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
 PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless another is named
@@ -45,7 +46,7 @@ $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench crash-test gpu-check \
+.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench crash-test fuzz gpu-check \
 	help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
@@ -158,6 +159,9 @@ bench: $(venv) .venv-trl/installed ## time PPO beside TRL's last PPO trainer, an
 
 crash-test: $(venv) ## kill STAGES at random instants, run them again, compare every byte
 	@$(PYTHON) -m benchmarks.crash --kills=$(KILLS) --seed=$(SEED) --stages $(STAGES) $(ARGS)
+
+fuzz: $(venv) ## feed the readers of files and settings EXAMPLES of anything, new ones every time
+	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist=loadfile tests/fuzz $(ARGS)
 
 gpu-check: $(venv) ## run the tests that need a GPU
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
