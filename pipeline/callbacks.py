@@ -127,20 +127,25 @@ class ResumePoints(TrainerCallback):
 
     def __init__(self, run: StageRun, *, pace: Pace, logs: RunLogs) -> None:
         self.run, self.pace, self.logs = run, pace, logs
+        self.stops = False
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         """Asks Trainer to save, or to save and stop."""
         due = self.pace.after(state.global_step)
         control.should_save |= due.save or state.global_step >= state.max_steps
-        control.should_training_stop |= due.stop
+        self.stops = due.stop
 
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Moves Trainer's folder into a resume point, without pickled arguments."""
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Moves Trainer's folder into a resume point, without pickled arguments.
+
+        Trainer is told to stop only now: what it was told is part of what it saves.
+        """
         source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         barrier()
         self.run.save_point(state.global_step, lambda folder: self._move(source, folder))
         if self.run.is_main:
             shutil.rmtree(source)
+        control.should_training_stop |= self.stops
 
     def _move(self, source: Path, folder: Path) -> None:
         if not self.run.is_main:

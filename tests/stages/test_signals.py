@@ -19,7 +19,7 @@ from pipeline.config import load
 from pipeline.stopping import STOPPED
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
-STEPS = 300
+STEPS = 160
 """Enough for a second stage to be refused while the first is at work."""
 
 
@@ -94,6 +94,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bytes(parents, 
     assert "which is saved; the same command goes on" in process.said
     (point,) = (run_dir / "pretrain" / "checkpoints").iterdir()
     assert 0 < json.loads((point / "point.json").read_text())["step"] < STEPS
+    told = json.loads((point / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert not told["TrainerControl"]["args"]["should_training_stop"]  # as in a run without a stop
     assert ended(started(run_dir)) == 0
     again = open_artifact(run_dir / "pretrain", kind="causal-lm")
     assert again.digest == open_artifact(parents / "pretrain", kind="causal-lm").digest
