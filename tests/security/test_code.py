@@ -4,7 +4,7 @@ import io
 import sys
 
 import pytest
-from transformers import dynamic_module_utils
+from transformers import AutoTokenizer, dynamic_module_utils
 
 from pipeline import pretrained
 from pipeline.command import command
@@ -117,9 +117,11 @@ def test_a_chat_template_reaches_no_python(tmp_path, mark, reach):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)
-    loaded, turns = load_tokenizer(tmp_path), [{"role": "user", "content": "hi"}]
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "hi"}]
     refused = pytest.raises(UserError, match="its chat template fails .* Mend chat_template.jinja")
     for use in (
+        lambda: load_tokenizer(tmp_path),
         lambda: encode_prompt(loaded, "hi"),
         lambda: encode_conversation(loaded, turns),
     ):

@@ -92,7 +92,7 @@ def test_a_resume_point_shortens_no_file_outside(tmp_path):
     point = run.path / "checkpoints" / "step-1" / "point.json"
     write_json(point, sealed({**read_json(point), "logs": {"../victim.txt": 0}}))
     with begin(config, stage="sft", kind="causal-lm", parents={}) as run:
-        assert run.latest_point() is not None
+        assert run.latest_point() is None
         run.finish("done", chosen={}, summary={}, card="")
     assert victim.read_text(encoding="utf-8") == "precious"
 
