@@ -67,7 +67,7 @@ def use(artifact: Artifact) -> None:
 
 
 @pytest.mark.parametrize("how", ["values", "sealed", "bytes"])
-@fuzz(100)
+@fuzz(33)
 @given(data=st.data())
 def test_a_damaged_manifest_opens_or_is_refused_and_costs_nothing(run_folder, how, data):
     path = run_folder / "sft" / "manifest.json"
@@ -106,7 +106,7 @@ def interrupted(folder: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["values", "sealed", "bytes"])
-@fuzz(60)
+@fuzz(20)
 @given(data=st.data())
 def test_a_damaged_point_is_used_rightly_or_the_one_before_is(run_folder, how, data, caplog):
     interrupted(run_folder, steps=2)

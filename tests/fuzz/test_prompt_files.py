@@ -53,7 +53,7 @@ def generate(folder, caplog, name: str, content: bytes, *words: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
-@fuzz(20, share=0.3)
+@fuzz(6, share=0.3)
 @given(data=st.data())
 def test_a_damaged_file_is_answered_or_told(checkout, caplog, name, data):
     rows = st.sampled_from(ROWS)
@@ -62,7 +62,7 @@ def test_a_damaged_file_is_answered_or_told(checkout, caplog, name, data):
     generate(checkout, caplog, name, data.draw(st.just(content) | damaged_bytes(content)))
 
 
-@fuzz(20, share=0.3)
+@fuzz(6, share=0.3)
 @given(lines=st.lists(texts, max_size=3))
 def test_lines_of_any_text_are_answered_or_told(checkout, caplog, lines):
     content = "\n".join(lines).encode("utf-8", "surrogatepass")

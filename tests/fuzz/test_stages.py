@@ -56,7 +56,7 @@ def make_data(checkout, caplog, *words: str) -> int:
     return code
 
 
-@fuzz(25, share=0.3)
+@fuzz(8, share=0.3)
 @given(data=st.data())
 def test_own_rows_of_any_type(checkout, caplog, data):
     caplog.set_level(logging.INFO)
@@ -72,7 +72,7 @@ def test_own_rows_of_any_type(checkout, caplog, data):
     make_data(checkout, caplog, *words)
 
 
-@fuzz(10, share=0.1)
+@fuzz(4, share=0.1)
 @given(
     chats=st.fixed_dictionaries(
         {},
