@@ -5,6 +5,7 @@ deadline: its 0.2 s count the first call's imports and a busy machine, not a def
 """
 
 import os
+import signal
 
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -13,3 +14,4 @@ os.environ["OMP_NUM_THREADS"] = "1"
 install_import_hook(["pipeline", "stages"], "beartype.beartype")
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

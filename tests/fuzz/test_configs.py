@@ -95,7 +95,7 @@ def assert_typed(group) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@fuzz(8, share=0.2)
+@fuzz(4, share=0.2)
 @given(data=st.data())
 def test_yaml_with_anything_in_any_place(stage, checkout, documents, data):
     document = data.draw(damaged(documents[stage]))
@@ -107,7 +107,7 @@ def test_yaml_with_anything_in_any_place(stage, checkout, documents, data):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@fuzz(8, share=0.2)
+@fuzz(4, share=0.2)
 @given(data=st.data())
 def test_overrides_of_anything(stage, checkout, documents, data):
     keys = [".".join(map(str, path)) for path in paths_of(documents[stage])[1:]]
@@ -125,7 +125,7 @@ def test_overrides_of_anything(stage, checkout, documents, data):
 
 
 @pytest.mark.parametrize("stage", ["ppo", "sft"])
-@fuzz(20, share=0.5)
+@fuzz(10, share=0.5)
 @given(data=st.data())
 def test_damaged_yaml(stage, checkout, data):
     load_text(checkout, stage, data.draw(damaged_bytes((checkout / f"{stage}.yaml").read_bytes())))

@@ -66,7 +66,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@fuzz(60)
+@fuzz(30)
 @given(data=st.data())
 def test_a_damaged_file_gives_rows_or_one_line(suffix, folder, data):
     content = data.draw(damaged_bytes(WHOLE[suffix]))
@@ -82,7 +82,7 @@ def test_a_misnamed_compressed_or_empty_file_gives_rows_or_one_line(suffix, othe
 
 
 @pytest.mark.parametrize("row_type", GOOD_ROWS)
-@fuzz(40)
+@fuzz(20)
 @given(data=st.data())
 def test_lines_of_mixed_rows_give_rows_or_one_line(row_type, folder, data):
     rows = st.sampled_from(GOOD_ROWS[row_type])
@@ -90,7 +90,7 @@ def test_lines_of_mixed_rows_give_rows_or_one_line(row_type, folder, data):
     read(folder, "mixed.jsonl", as_jsonl(chosen), row_type)
 
 
-@fuzz(60)
+@fuzz(30)
 @given(
     header=st.lists(st.sampled_from(("prompt", "completion", "group", "", "margin")) | texts),
     cells=st.lists(st.lists(texts, max_size=4), max_size=3),
@@ -102,7 +102,7 @@ def test_any_table_of_cells_gives_rows_or_one_line(folder, header, cells, newlin
     read(folder, "cells.csv", file.getvalue().encode("utf-8", "surrogatepass"))
 
 
-@fuzz(60)
+@fuzz(30)
 @given(data=st.data())
 def test_columns_of_any_type_give_rows_or_one_line(folder, data):
     columns = data.draw(

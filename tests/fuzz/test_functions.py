@@ -88,7 +88,7 @@ odd_scores = values | st.sampled_from(
 )
 
 
-@fuzz(200)
+@fuzz(100)
 @given(scores=odd_scores | st.lists(odd_scores, min_size=2, max_size=2))
 def test_whatever_is_returned_is_two_finite_numbers_or_told(scores):
     kind, value = answer(lambda _prompts, _responses: scores, [[], []], ["a", "b"])

@@ -60,7 +60,7 @@ def closed(header: bytes, data: bytes, length: int | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-@fuzz(25, share=0.4)
+@fuzz(10, share=0.4)
 @given(data=st.data())
 def test_a_damaged_header_gives_the_same_weights_or_one_line(folders, kind, data):
     whole = (folders / kind / WEIGHTS).read_bytes()
@@ -84,7 +84,7 @@ def test_a_damaged_header_gives_the_same_weights_or_one_line(folders, kind, data
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-@fuzz(25, share=0.4)
+@fuzz(10, share=0.4)
 @given(data=st.data())
 def test_a_damaged_configuration_gives_a_model_that_answers_or_one_line(folders, kind, data):
     config = json.loads((folders / kind / "config.json").read_text())

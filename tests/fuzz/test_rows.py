@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("row_type", GOOD_ROWS)
-@fuzz(60)
+@fuzz(40)
 @given(data=st.data())
 def test_a_row_is_refused_in_one_line_or_comes_back_from_its_file(row_type, folder, data):
     row = data.draw(st.sampled_from(GOOD_ROWS[row_type]).flatmap(damaged))
@@ -60,7 +60,7 @@ def test_a_row_is_refused_in_one_line_or_comes_back_from_its_file(row_type, fold
     assert all(text == clean(text) for text in row_texts(checked))
 
 
-@fuzz(200)
+@fuzz(100)
 @given(
     text=st.lists(texts, max_size=4).map("".join) | st.text(alphabet="&#;0x1apmlt ", max_size=40)
 )

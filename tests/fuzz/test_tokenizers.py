@@ -83,7 +83,7 @@ def use(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@fuzz(40, share=0.5)
+@fuzz(12, share=0.5)
 @given(data=st.data())
 def test_a_damaged_tokenizer_works_or_is_refused(folder, name, data):
     whole = (folder / name).read_bytes()
@@ -123,7 +123,7 @@ def test_odd_texts_are_read_or_refused(folder, text):
         one_line(action)
 
 
-@fuzz(60)
+@fuzz(30)
 @given(said=texts)
 def test_what_is_said_comes_back(folder, said):
     tokenizer = load_tokenizer(folder)

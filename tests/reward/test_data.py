@@ -31,6 +31,7 @@ class Letters:
     """A tokenizer that reads one token per letter and knows no template but two marks."""
 
     eos_token_id = 1
+    name_or_path = "letters"
 
     def apply_chat_template(self, messages, **_):
         return [2, *self(messages[0]["content"])["input_ids"], 3]

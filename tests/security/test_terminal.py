@@ -82,5 +82,5 @@ def test_every_line_of_the_log(tmp_path):
     assert lines == [
         "toy: a?[31mb?c? -> a?[31mb?c?",
         "a?[31mb?c?",
-        "toy: row 3: a?[31mb c?",  # a user's mistake is one line: white space is joined
+        "toy: row 3: a\\x1b[31mb c\\x9b",  # a user's mistake is one line, its signs spelt out
     ]
