@@ -34,10 +34,10 @@ class Letters:
     name_or_path = "letters"
 
     def apply_chat_template(self, messages, **_):
-        return [2, *self(messages[0]["content"])["input_ids"], 3]
+        return [2, *self([messages[0]["content"]])["input_ids"][0], 3]
 
-    def __call__(self, text, **_):
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
 def ranking(**changes) -> Ranking:
