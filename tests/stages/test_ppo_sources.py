@@ -171,8 +171,9 @@ def test_an_encoder_is_trained_on_the_rankings_and_rewards_ppo(run_dir, tmp_path
         for text, reply in zip(prompts.texts, ("fine", "thanks"), strict=True)
     ]
     raw = [float(model.eval()(**pair).logits.detach()) for pair in expected]
-    normal = [(one - model.config.reward_mean) / model.config.reward_std for one in raw]
-    assert models.scorer(prompts.tokens, replies).tolist() == pytest.approx(normal, abs=1e-4)
+    std = model.config.reward_std  # small after three steps, so that rounding looks large
+    normal = [(one - model.config.reward_mean) / std for one in raw]
+    assert models.scorer(prompts.tokens, replies).tolist() == pytest.approx(normal, abs=1e-5 / std)
 
 
 @pytest.mark.parametrize(
