@@ -58,14 +58,24 @@ def packed_attention(
         )
     groups = query.shape[1] // key.shape[1]
     parts = (
-        part.split(list(row_lengths), dim=2)
+        _steady(part).split(list(row_lengths), dim=2)
         for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))
     )
-    rows = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+    with torch.autocast(query.device.type, enabled=False):
+        rows = [
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
+            for q, k, v in zip(*parts, strict=True)
+        ]
+    return torch.cat(rows, dim=2).transpose(1, 2).contiguous().to(query.dtype), None
+
+
+def _steady(part: Tensor) -> Tensor:
+    """Returns queries, keys or values in the precision in which attention is fast: never bfloat16.
+
+    A processor's fused kernel takes four times as long backward in bfloat16 as in float32 (16 rows
+    of 36 to 128 tokens, eight heads of 32: 58 ms against 13, forward and backward).
+    """
+    return part.float() if part.dtype == torch.bfloat16 else part
 
 
 AttentionInterface.register(PACKED, packed_attention)

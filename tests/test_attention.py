@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.attention import PACKED, attention_of, is_packed, pack
+from pipeline.attention import PACKED, attention_of, is_packed, pack, packed_attention
 from pipeline.sequences import collate, response_states, response_tokens, token_logprobs
 from tests.support import assert_close, tiny_llama
 
@@ -68,6 +68,21 @@ def test_a_model_that_reads_otherwise_is_left_as_it_was(kind):
     model = built(kind, NOT_PACKING[kind])
     assert not pack(model)
     assert attention_of(model.config) == "sdpa"
+
+
+def test_bfloat16_is_attended_to_in_float32():
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 2, 9, 8).bfloat16() for _ in range(3)]
+    found, exact = (
+        packed_attention(torch.nn.Identity(), *which, None, row_lengths=(4, 5))[0]
+        for which in (parts, [part.float() for part in parts])
+    )
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = [part.float() for part in parts]
+        under, _ = packed_attention(torch.nn.Identity(), *wide, None, row_lengths=(4, 5))
+    assert torch.equal(under, exact)
 
 
 def test_packed_batches_by_hand():

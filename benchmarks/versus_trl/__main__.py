@@ -1,10 +1,11 @@
 """Compares our PPO with TRL 1.12's, in turn, on the same models, prompts and rollouts.
 
 Each side is one process that rests while the other works. Every pair is one update of each; ratios
-are of the two halves of a pair. Both run in float32 on the same number of threads.
+are of the two halves of a pair. Both run in one precision on the same number of threads; for TRL,
+bf16 is its own flag.
 
 Run     make bench                          the table of docs/performance.md
-        make bench ARGS="--workloads S --pairs 3"
+        make bench ARGS="--workloads S --pairs 3 --precision bf16"
 """
 
 import argparse
@@ -54,12 +55,13 @@ class Side:
         self.process.wait()
 
 
-def matrix_limit(threads: int) -> float:
-    """Returns what products of 1,024 x 1,024 matrices reach in float32, FLOP/s, median of 20."""
+def matrix_limit(threads: int, *, precision: str) -> float:
+    """Returns what products of 1,024 x 1,024 matrices reach, FLOP/s, median of 20."""
     import torch
 
     torch.set_num_threads(threads)
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    left, right = torch.randn(2, 1024, 1024).to(dtype)
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
@@ -72,7 +74,7 @@ def check_agreement(folder: Path, *, peer: Path, threads: int) -> dict[str, floa
     """Returns the differences of both sides' gradients; ends the run when they are too large."""
     gradients = folder / "gradients.pt"
     quiet = subprocess.DEVNULL
-    words = [peer, "-m", "benchmarks.versus_trl.peer", folder, str(threads), gradients]
+    words = [peer, "-m", "benchmarks.versus_trl.peer", folder, str(threads), "fp32", gradients]
     subprocess.run(words, check=True, stderr=quiet)
     found: dict[str, float] = json.loads(
         output_of("benchmarks.versus_trl.agreement", folder, gradients)
@@ -83,13 +85,15 @@ def check_agreement(folder: Path, *, peer: Path, threads: int) -> dict[str, floa
     return found
 
 
-def compare(workload: Workload, folder: Path, *, peer: Path, pairs: int, threads: int) -> Any:
+def compare(
+    workload: Workload, folder: Path, *, peer: Path, pairs: int, threads: int, precision: str
+) -> Any:
     """Returns the figures of all updates by side, the first of each left out."""
     write(workload, folder, rollouts=pairs + 1)
     result: dict[str, Any] = {"workload": workload.name}
-    if not workload.ends:
+    if not workload.ends and precision == "fp32":
         result["agreement"] = check_agreement(folder, peer=peer, threads=threads)
-    arguments = (str(folder), str(threads))
+    arguments = (str(folder), str(threads), precision)
     sides = {
         "trl": Side(str(peer), "-m", "benchmarks.versus_trl.peer", *arguments),
         "ours": Side(sys.executable, "-m", "benchmarks.versus_trl.ours", *arguments),
@@ -129,28 +133,32 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args()
     if not options.peer.is_file():
         sys.exit(f"bench: --peer={options.peer} names no interpreter; 'make bench' builds TRL's")
     if min(options.pairs, options.threads) < 1:
         sys.exit("bench: --pairs and --threads must be at least 1")
-    limit = matrix_limit(options.threads)
+    limit = matrix_limit(options.threads, precision=options.precision)
     table = [*HEADING]
     results = []
     for name in options.workloads:
         with tempfile.TemporaryDirectory() as folder:
             result = compare(
                 WORKLOADS[name], Path(folder), peer=options.peer, pairs=options.pairs,
-                threads=options.threads,
+                threads=options.threads, precision=options.precision,
             )  # fmt: skip
         results.append(result)
         table += lines(result, limit=limit)
-        content = {"machine": machine(), "threads": options.threads, "limit_flops": limit, **result}
+        settings = {"threads": options.threads, "precision": options.precision}
+        content = {"machine": machine(), **settings, "limit_flops": limit, **result}
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"versus_trl-{name}.json"
+        marked = "" if options.precision == "fp32" else f"-{options.precision}"
+        path = RESULTS / f"versus_trl-{name}{marked}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
     agreement = [f"{r['workload']}: {r['agreement']}" for r in results if "agreement" in r]
-    limits = f"float32, {options.threads} threads, {limit / 1e9:.0f} GFLOP/s in matrix products"
+    reached = f"{limit / 1e9:.0f} GFLOP/s in matrix products"
+    limits = f"{options.precision}, {options.threads} threads, {reached}"
     sys.stdout.write("\n".join([limits, *agreement, "", *table]) + "\n")
 
 

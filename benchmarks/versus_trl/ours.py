@@ -57,7 +57,13 @@ class Replaying(PPOTrainer):
         return Sampled(responses, figures)
 
 
-def build(folder: Path, *, minibatch: int | None = None, epochs: int | None = None) -> Replaying:
+def build(
+    folder: Path,
+    *,
+    minibatch: int | None = None,
+    epochs: int | None = None,
+    precision: str = "fp32",
+) -> Replaying:
     """Returns the trainer of a workload; as it says, or on other minibatches."""
     content = json.loads((folder / "workload.json").read_text())
     settings = Settings(
@@ -68,7 +74,7 @@ def build(folder: Path, *, minibatch: int | None = None, epochs: int | None = No
         microbatch_size=MICROBATCH,
         max_response_tokens=content["response_length"],
         temperature=1.0,
-        precision="fp32",
+        precision=precision,
         workers=choose_workers(0, torch.device("cpu")),
         kl=KL(coef=0.05, controller="fixed"),
         reward=Reward(missing_eos_score=None),
@@ -121,7 +127,7 @@ def measured(trainer: Replaying, number: int) -> dict[str, Any]:
 def main() -> None:
     """Answers every line of standard input with one update's figures as JSON."""
     torch.set_num_threads(int(sys.argv[2]))
-    trainer = build(Path(sys.argv[1]))
+    trainer = build(Path(sys.argv[1]), precision=sys.argv[3])
     for number, _ in enumerate(sys.stdin):
         sys.stdout.write(json.dumps(measured(trainer, number)) + "\n")
         sys.stdout.flush()

@@ -2,8 +2,8 @@
 
 Runs in an environment of its own (trl 1.12.0) and so imports nothing of the pipeline. Its phases
 are told apart by the library functions that begin them: `batch_generation`, the first permutation
-of rows, `log`. With a third argument it instead writes the gradients of one update on one minibatch
-of all rows, and stops.
+of rows, `log`. The third argument is the precision, bf16 by the library's own flag. With a fourth
+it instead writes the gradients of one update on one minibatch of all rows, and stops.
 """
 
 import json
@@ -88,7 +88,9 @@ class Phases(TrainerCallback):
             sys.exit()
 
 
-def build(folder: Path, content: dict[str, Any], *, output: str, whole: bool) -> PPOTrainer:
+def build(
+    folder: Path, content: dict[str, Any], *, output: str, whole: bool, precision: str
+) -> PPOTrainer:
     """Returns the library's trainer at the workload's settings."""
     words = {f"t{index}": index for index in range(content["vocabulary"])}
     tokenizer = PreTrainedTokenizerFast(
@@ -112,7 +114,7 @@ def build(folder: Path, content: dict[str, Any], *, output: str, whole: bool) ->
         missing_eos_penalty=None,
         kl_coef=0.05,
         learning_rate=1e-6,
-        bf16=False,
+        bf16=precision == "bf16",
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
@@ -166,15 +168,16 @@ def keep_gradients(trainer: PPOTrainer, path: Path) -> None:
 
 def main() -> None:
     """Trains until standard input ends; the library's own words go to standard error."""
-    folder, threads = Path(sys.argv[1]), int(sys.argv[2])
-    gradients = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    folder, threads, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    gradients = Path(sys.argv[4]) if len(sys.argv) > 4 else None
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(threads)
     content = json.loads((folder / "workload.json").read_text())
     phases = Phases(content, answers=answers)
     with tempfile.TemporaryDirectory() as output:
-        trainer = build(folder, content, output=output, whole=gradients is not None)
+        whole = gradients is not None
+        trainer = build(folder, content, output=output, whole=whole, precision=precision)
         trainer.add_callback(phases)
         trainer.log = phases.logged
         if gradients is not None:
