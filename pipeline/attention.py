@@ -20,6 +20,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pipeline.sizes import filled_up
+
 PACKED = "packed_rows"
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Names under which configs say that layers do not read all that stands before a token."""
@@ -89,14 +91,16 @@ def packed_inputs(
 ) -> dict[str, Any]:
     """Returns what a model set to `PACKED` is given to read rows that stand end to end.
 
-    The mask of four axes keeps Transformers from making one of its own.
+    The mask of four axes keeps Transformers from making one of its own. Where sizes are rounded, a
+    row of zeros comes last, and so do states that mean nothing.
     """
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    ids, positions = filled_up(input_ids[0])[None], filled_up(position_ids[0])[None]
+    filler = ids.shape[1] - input_ids.shape[1]
     return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "attention_mask": mask,
-        "row_lengths": tuple(row_lengths),
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        "row_lengths": (*row_lengths, filler) if filler else tuple(row_lengths),
     }
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import UserError, told
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
-from pipeline.sequences import collate, wide
+from pipeline.sequences import collate, last_states, wide
 from pipeline.shapes import is_number, is_whole
 from pipeline.storage import read_json
 from pipeline.streams import stream
@@ -273,8 +273,7 @@ def last_token_scores(
 ) -> Float[Tensor, "batch"]:
     """Returns raw scores read at the last real token of each row, float32 or wider."""
     batch = collate(prompts, responses, pad_id=pad_id, packed=is_packed(model)).to(model.device)
-    hidden = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    raw: Tensor = model.score(hidden[batch.last()])[:, 0]
+    raw: Tensor = model.score(last_states(model, batch)[batch.last()])[:, 0]
     return wide(raw)
 
 

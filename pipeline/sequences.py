@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention import packed_inputs
+from pipeline.sizes import filled_up
 
 PIECE_TOKENS = 512
 """Tokens whose distributions exist at a time: 100 MB for a vocabulary of 50,000."""
@@ -108,9 +109,14 @@ def response_states(model: Any, batch: Batch) -> Float[Tensor, "token width"]:
 
     Rows come in row-major order of `batch.response_mask`.
     """
-    hidden = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    states: Tensor = hidden[:, :-1][batch.response_mask[:, 1:]]
+    states: Tensor = last_states(model, batch)[:, :-1][batch.response_mask[:, 1:]]
     return states
+
+
+def last_states(model: Any, batch: Batch) -> Float[Tensor, "batch time width"]:
+    """Returns the last hidden state at every position of a batch."""
+    hidden: Tensor = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+    return hidden[:, : batch.input_ids.shape[1]]
 
 
 def next_logits(
@@ -182,13 +188,14 @@ def _in_pieces(
     They come piece by piece, and so do their gradients, for which each piece is computed again:
     what is held does not grow with the number of tokens times the vocabulary.
     """
+    count, states, tokens = len(tokens), filled_up(states), filled_up(tokens)
     if len(states) <= PIECE_TOKENS:
-        return list(figures(states, tokens))
+        return [column[:count] for column in figures(states, tokens)]
     parts = [
         checkpoint(figures, *piece, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(states.split(PIECE_TOKENS), tokens.split(PIECE_TOKENS), strict=True)
     ]
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
+    return [torch.cat(column)[:count] for column in zip(*parts, strict=True)]
 
 
 def next_logprobs(

@@ -22,6 +22,7 @@ from pipeline.sequences import (
     token_logprobs_and_entropy,
     wide,
 )
+from pipeline.sizes import filled_up
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def length_mask(responses: Sequence[Sequence[int]]) -> Bool[Tensor, "batch time"
 
 def state_values(value_model: Any, states: Float[Tensor, "token width"]) -> Float[Tensor, "token"]:
     """Returns the normalised value of each state, float32 or wider."""
-    raw = wide(value_model.score(states)[:, 0])
+    raw = wide(value_model.score(filled_up(states))[: len(states), 0])
     return (raw - value_model.config.reward_mean) / value_model.config.reward_std
 
 

@@ -14,6 +14,7 @@ from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.cache import make_room
 from pipeline.sequences import wide
+from pipeline.sizes import ROWS, rounded
 
 COMPACT_AT = 0.75
 """Finished rows leave the batch once no more than this share of it is still being generated."""
@@ -190,8 +191,9 @@ class _Decoding:
         self.ids = drawn[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        if float(going.float().mean()) <= COMPACT_AT:
-            keep = going.nonzero()[:, 0]
+        room = rounded(int(going.sum()), multiple=ROWS)
+        if room <= COMPACT_AT * len(going):
+            keep = going.int().argsort(descending=True, stable=True)[:room].sort().values
             self.cache.batch_select_indices(keep)
             self.active = self.active[keep]
             self.ids, self.positions = self.ids[keep], self.positions[keep]
