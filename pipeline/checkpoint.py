@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import distributed
-from pipeline.circumstances import circumstances
+from pipeline.circumstances import Usage, circumstances
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
 from pipeline.lock import Lock
@@ -137,6 +137,9 @@ class StageRun:
     tracker: Tracker = field(default_factory=Tracker)
     started: float = field(default_factory=time.monotonic)
     earlier_seconds: float = 0.0
+    total_steps: int = 0
+    """Steps the stage will take in all; 0 where it does not count them."""
+    usage: Usage = field(default_factory=Usage)
     finished: bool = False
 
     @property
@@ -161,10 +164,12 @@ class StageRun:
             self.tracker.log(step, metrics)
 
     def log_timings(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one row to timings.jsonl (clocks, throughput, memory) and sends it on."""
+        """Appends one row to timings.jsonl (clocks, throughput, the machine) and sends it on."""
         if self.is_main:
-            self._append("timings.jsonl", [{"step": step, **metrics}])
-            self.tracker.log(step, metrics)
+            row = {**metrics, **self.usage.since_last()}
+            place = {"step": step, "of": self.total_steps, "at": round(time.time(), 3)}
+            self._append("timings.jsonl", [{**place, **row}])
+            self.tracker.log(step, row)
 
     def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows to samples.jsonl."""

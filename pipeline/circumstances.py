@@ -6,6 +6,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import time
 from typing import Any
 
 from pipeline.config import StageConfig
@@ -16,6 +17,26 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "
 def peak_memory_gib() -> float:
     """Returns the largest resident memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Usage:
+    """What this process takes of the machine: memory now, and processor time since the last look.
+
+    The same figures for every tracker, and on every machine without a further library.
+    """
+
+    def __init__(self) -> None:
+        self._cpu, self._wall = time.process_time(), time.monotonic()
+
+    def since_last(self) -> dict[str, float]:
+        """Returns resident memory in GiB and the processor cores kept busy since the last call."""
+        import psutil
+
+        cpu, wall = time.process_time(), time.monotonic()
+        busy = (cpu - self._cpu) / max(wall - self._wall, 1e-9)
+        self._cpu, self._wall = cpu, wall
+        memory = psutil.Process().memory_info().rss / 2**30
+        return {"system/memory_gib": round(memory, 3), "system/busy_cores": round(busy, 2)}
 
 
 def circumstances(*, seconds: float, config: StageConfig) -> dict[str, Any]:
