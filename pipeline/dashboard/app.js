@@ -4,7 +4,7 @@
 import { el, figure, words, duration, ago } from "/dom.js";
 import { Chart, swatch } from "/charts.js";
 
-const EVERY = 3000; // milliseconds
+const EVERY = 3000; // milliseconds, at least
 const view = document.getElementById("view");
 const live = document.getElementById("live");
 const SMOOTH = { none: 0, light: 0.8, strong: 0.95 };
@@ -84,7 +84,8 @@ function overview() {
 }
 
 function card(run, now, update) {
-  const current = run.stages.find((stage) => ["running", "stopped", "damaged"].includes(stage.state))
+  const current = run.stages.find((stage) => stage.state === "running")
+    ?? run.stages.find((stage) => ["stopped", "damaged"].includes(stage.state))
     ?? run.stages.findLast((stage) => stage.state === "finished") ?? run.stages[0];
   const box = el("input", {
     type: "checkbox", "aria-label": `Compare ${run.name}`,
@@ -316,6 +317,7 @@ function route() {
 async function load() {
   clearTimeout(timer);
   const asked = page;
+  const began = performance.now();
   try {
     const told = await asked.load();
     if (asked !== page) return;
@@ -328,7 +330,8 @@ async function load() {
     live.textContent = error instanceof TypeError ? "no answer: is the dashboard still running?" : error.message;
   }
   clearTimeout(timer);
-  if (!document.hidden) timer = setTimeout(load, EVERY);
+  const pause = Math.max(EVERY, 20 * (performance.now() - began)); // a slow answer is not asked for often
+  if (!document.hidden) timer = setTimeout(load, pause);
 }
 
 window.addEventListener("hashchange", route);
