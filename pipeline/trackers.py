@@ -165,8 +165,11 @@ class Trackio:
 
     def finish(self) -> str:
         """Ends the run; returns how to look at it."""
+        import trackio
+
         with _quiet():
             self._tracker.finish()
+            trackio.finish()  # else it ends the run once more when the process does, and prints
         folder = os.environ["TRACKIO_DIR"]
         return f"to see it: TRACKIO_DIR={folder} trackio show --project {self._project}"
 

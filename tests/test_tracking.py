@@ -196,6 +196,7 @@ def test_a_server_that_does_not_answer_stops_wandb_and_not_auto(sessions, monkey
 def test_trackio_gets_the_same(sessions, monkeypatch, caplog):
     module = types.ModuleType("trackio")
     module.Table = lambda columns, data: (columns, data)
+    module.finish = lambda: None
     module.__spec__ = types.SimpleNamespace(name="trackio")
     monkeypatch.setitem(sys.modules, "trackio", module)
     killed(6, stop=3, tracking="trackio")

@@ -40,7 +40,7 @@ export function words(name) {
 
 /** Returns a length of time, as in 3 min. */
 export function duration(seconds) {
-  if (seconds < 0.1) return `${figure(seconds * 1000)} ms`;
+  if (seconds < 0.1) return `${Math.max(1, Math.round(seconds * 1000))} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   if (seconds < 90) return `${Math.round(seconds)} s`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
