@@ -12,6 +12,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.checkpoint import begin
+from pipeline.circumstances import Usage
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
 from pipeline.tracking import Tracker, open_tracker
@@ -179,6 +180,15 @@ def test_wandb_gets_table_manifest_and_figures(sessions):
     assert tracker.run.saved == [Path("runs/cpu/sft/manifest.json").read_text()]
     assert tracker.run.summary == {"loss.last": 0.5}
     assert {"system/memory_gib", "system/busy_cores"} <= set(tracker.rows[1][1])
+
+
+def test_memory_of_a_gpu_is_told_where_there_is_one(monkeypatch):
+    import torch
+
+    assert "system/peak_gpu_memory_gib" not in Usage().since_last() or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    assert Usage().since_last()["system/peak_gpu_memory_gib"] == 1.5
 
 
 def test_a_server_that_does_not_answer_stops_wandb_and_not_auto(sessions, monkeypatch, caplog):

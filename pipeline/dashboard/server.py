@@ -150,7 +150,7 @@ def answer(views: Views, address: str) -> Answer:
         pass
     except UserError as error:
         return _json({"error": str(error)}, HTTPStatus.NOT_FOUND)
-    return _text("404 nothing of that name\n", HTTPStatus.NOT_FOUND)
+    return _text("404 nothing of that name here\n", HTTPStatus.NOT_FOUND)
 
 
 Query = Mapping[str, list[str]]

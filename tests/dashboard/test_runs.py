@@ -1,5 +1,6 @@
 """The state of every stage, from what lies on the disk at this moment."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint import begin
+from pipeline.config import StageConfig
 from pipeline.dashboard.runs import CHAIN, STAGES, Runs
 from pipeline.lock import Lock, holder_of
 from tests.dashboard.runs import finished, held, trained
@@ -61,6 +64,29 @@ def test_every_state(tmp_path):
     assert (running.step, running.of, running.seconds_per_step) == (6, 36, pytest.approx(2))
     assert running.seconds_left == pytest.approx(60)
     assert running.since > began
+
+
+def test_a_stage_at_work_tells_how_far_it_is(tmp_path):
+    """What the stages write, read back while one is at work and after it was interrupted."""
+    config = StageConfig(run=str(tmp_path / "a"), tracking="none")
+    with pytest.raises(KeyboardInterrupt), begin(config, stage="ppo", kind="x", parents={}) as run:
+        assert stages(tmp_path)["ppo"].state == "running"
+        run.total_steps = 9
+        for step in (1, 2):
+            run.log(step, {"a/b": 1.0})
+            run.log_timings(step, {"time/seconds": 1.0})
+            time.sleep(0.01)
+        found = stages(tmp_path)["ppo"]
+        assert (found.state, found.step, found.of) == ("running", 2, 9)
+        assert 0.005 < found.seconds_per_step < 5
+        run.save_point(2, lambda folder: (folder / "a").write_text("a"))
+        raise KeyboardInterrupt
+    found = stages(tmp_path)["ppo"]
+    assert (found.state, found.step, found.of, found.point) == ("stopped", 2, 9, 2)
+    row = json.loads((tmp_path / "a" / "ppo" / "timings.jsonl").read_text().splitlines()[0])
+    assert 0 < row["system/memory_gib"] < 64
+    assert row["system/busy_cores"] >= 0
+    assert abs(row["at"] - time.time()) < 60
 
 
 def test_optional_stages_stand_where_they_belong(tmp_path):
