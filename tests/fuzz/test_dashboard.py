@@ -41,7 +41,8 @@ def contents(draw):
         {"step": values, "of": values, "at": values, "pid": values, "config": values},
         optional={"host": values, "since": values, "content": values, "circumstances": values},
     )
-    lines = draw(st.lists(rows.map(as_json) | values.map(as_json) | st.binary(max_size=30)))
+    line = rows.map(as_json) | values.map(as_json) | st.binary(max_size=30)
+    lines = draw(st.lists(line, max_size=4))
     whole = b"\n".join(lines) + draw(st.sampled_from([b"", b"\n"]))
     return whole[: draw(st.integers(0, len(whole)))] if draw(st.booleans()) else whole
 
