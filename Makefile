@@ -46,7 +46,7 @@ $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat install test check format bench crash-test fuzz gpu-check \
+.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat dashboard install test check format bench crash-test fuzz gpu-check \
 	help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
@@ -117,6 +117,9 @@ lineage: $(venv) ## verify the run, digest by digest from the data sets on, and 
 
 chat: $(venv) ## talk to a model in the terminal
 	@$(PYTHON) -m stages.chat --models $(MODELS) $(ARGS)
+
+dashboard: $(venv) ## show every run in the browser, live, on this machine alone
+	@$(PYTHON) -m stages.dashboard $(ARGS)
 
 # --- Installation: the first Python of 3.11 or newer that is found makes .venv.
 

@@ -45,6 +45,7 @@ class RunLogs(TrainerCallback):
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Starts the bar and the clock, at the step training goes on from."""
         first, total = state.global_step, state.max_steps
+        self.run.total_steps = total
         self.bar = progress(
             range(first, total), total=total, description=self.run.stage, initial=first
         )

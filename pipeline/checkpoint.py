@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import distributed
-from pipeline.circumstances import circumstances
+from pipeline.circumstances import Usage, circumstances
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
 from pipeline.lock import Lock
@@ -26,7 +26,7 @@ from pipeline.manifest import (
     mending_command,
     read_manifest,
 )
-from pipeline.points import Points, differences, last_step, log_sizes
+from pipeline.points import LOGS, Points, differences, log_sizes
 from pipeline.saving import saving_of
 from pipeline.stopping import Stopped
 from pipeline.storage import (
@@ -41,7 +41,7 @@ from pipeline.storage import (
     telling_disk_trouble,
     write_json,
 )
-from pipeline.tracking import Tracker, open_tracker
+from pipeline.tracking import Tracker, open_tracker, rows_in
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,9 @@ class StageRun:
     tracker: Tracker = field(default_factory=Tracker)
     started: float = field(default_factory=time.monotonic)
     earlier_seconds: float = 0.0
+    total_steps: int = 0
+    """Steps the stage will take in all; 0 where it does not count them."""
+    usage: Usage = field(default_factory=Usage)
     finished: bool = False
 
     @property
@@ -161,15 +164,19 @@ class StageRun:
             self.tracker.log(step, metrics)
 
     def log_timings(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one row to timings.jsonl (clocks, throughput, memory) and sends it on."""
+        """Appends one row to timings.jsonl (clocks, throughput, the machine) and sends it on."""
         if self.is_main:
-            self._append("timings.jsonl", [{"step": step, **metrics}])
-            self.tracker.log(step, metrics)
+            row = {**metrics, **self.usage.since_last()}
+            place = {"step": step, "of": self.total_steps, "at": round(time.time(), 3)}
+            self._append("timings.jsonl", [{**place, **row}])
+            self.tracker.log(step, row, name="timings.jsonl")
 
     def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows to samples.jsonl."""
+        """Appends rows to samples.jsonl and sends them as a table."""
         if self.is_main:
-            self._append("samples.jsonl", [{"step": step, **row} for row in rows])
+            told = list(rows)
+            self._append("samples.jsonl", [{"step": step, **row} for row in told])
+            self.tracker.table(step, told)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -237,6 +244,7 @@ class StageRun:
             about = circumstances(seconds=self.elapsed_seconds, config=self.config)
             manifest = {"content": content, "circumstances": {**about, "summary": dict(summary)}}
             write_json(self.path / MANIFEST, sealed(manifest))
+            self.tracker.attach(self.path / MANIFEST, dict(summary))
             shutil.rmtree(_former(self.path), ignore_errors=True)
             log.info("%s: %s -> %s", self.stage, headline, self.path)
         self.finished = True
@@ -270,9 +278,9 @@ def begin(
         UserError: the folder was finished with other command-line settings, or two parents do not
             belong together.
     """
-    from pipeline.lineage import check_ancestors  # which opens artifacts itself
+    from pipeline.lineage import check_ancestors, check_parents  # which open artifacts themselves
 
-    _check_lineage(parents)
+    check_parents(parents)
     distributed.on_main(lambda: check_ancestors(parents))
     run = _stage_run(config, stage=stage, kind=kind, parents=parents)
     distributed.on_main(lambda: _open(run))
@@ -314,23 +322,24 @@ def _open(run: StageRun) -> None:
     run.lock.acquire()
     try:
         _check_finished(run)
-        sent = last_step(run.path / "metrics.jsonl")
+        before = {name: rows_in(run.path / name) for name in LOGS}
         run.earlier_seconds = _prepare(run)
-        sent = sent if run.latest_point() else 0
-        run.tracker = open_tracker(run.config, stage=run.stage, digest=run.key, sent=sent)
+        run.tracker = _track(run, before if run.latest_point() else None)
     except BaseException:
         run.lock.release()
         raise
 
 
-def _check_lineage(parents: Mapping[str, Artifact]) -> None:
-    for child in parents.values():
-        for name, recorded in child.content["parents"].items():
-            if name in parents and parents[name].digest != recorded["digest"]:
-                raise UserError(
-                    f"{child.path} was made from another {name} than {parents[name].path}. "
-                    f"Run: {mending_command(child.path)}"
-                )
+def _track(run: StageRun, before: Mapping[str, int] | None) -> Tracker:
+    """Returns the stage's trackers; where one does not start, a former result returns."""
+    parents: dict[str, str] = run.points.identity["parents"]
+    try:
+        return open_tracker(
+            run.config, stage=run.stage, key=run.key, parents=parents, before=before
+        )
+    except UserError:
+        _withdraw(run)
+        raise
 
 
 def _check_finished(run: StageRun) -> None:
@@ -366,7 +375,8 @@ def _prepare(run: StageRun) -> float:
     point = None if run.config.force else run.points.newest_good()
     if point is None:
         for entry in folder.iterdir():
-            shutil.rmtree(entry) if _is_own_folder(entry) else entry.unlink()
+            is_own = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if is_own else entry.unlink()
         return 0.0
     for name, size in log_sizes(point).items():
         if (folder / name).is_file():
@@ -382,10 +392,6 @@ def _withdraw(run: StageRun) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if former.is_dir():
             former.replace(folder)
-
-
-def _is_own_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.is_symlink()
 
 
 def _former(path: Path) -> Path:

@@ -6,6 +6,8 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
+import time
 from typing import Any
 
 from pipeline.config import StageConfig
@@ -16,6 +18,38 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "
 def peak_memory_gib() -> float:
     """Returns the largest resident memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Usage:
+    """What this process takes of the machine: memory now, and processor time since the last look.
+
+    The same figures for every tracker, and on every machine without a further library.
+    """
+
+    def __init__(self) -> None:
+        self._cpu, self._wall = time.process_time(), time.monotonic()
+
+    def since_last(self) -> dict[str, float]:
+        """Returns memory in GiB, of a GPU too, and the cores kept busy since the last call."""
+        import psutil
+
+        cpu, wall = time.process_time(), time.monotonic()
+        busy = (cpu - self._cpu) / max(wall - self._wall, 1e-9)
+        self._cpu, self._wall = cpu, wall
+        memory = psutil.Process().memory_info().rss / 2**30
+        told = {"system/memory_gib": round(memory, 3), "system/busy_cores": round(busy, 2)}
+        return told | _gpu_memory()
+
+
+def _gpu_memory() -> dict[str, float]:
+    """Returns the most that torch has had of this process's GPU, in GiB; nothing without one."""
+    if "torch" not in sys.modules:  # a stage that trains has it
+        return {}
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"system/peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
 
 
 def circumstances(*, seconds: float, config: StageConfig) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from pipeline.secrets import refuse_secrets
 
 CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides", "saving")
 """Fields that say where and how a stage runs; they do not change what it makes."""
+TRACKERS = {"auto": "wandb", "wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
+"""Libraries of the experiment trackers, by their names."""
 LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
 MOST_THREADS = 1024
@@ -46,8 +48,9 @@ class StageConfig:
     trust_remote_code: tuple[str, ...] = ()
     """Models whose own Python code may run here with your rights, each by the name it is loaded by:
     hub id, folder, or stage as in [pretrain]; none unless named. Read that code first."""
-    tracking: str = "wandb"
-    """Experiment tracker beside metrics.jsonl: wandb (offline without a key) or none."""
+    tracking: str = "auto"
+    """Experiment trackers beside metrics.jsonl, several with commas: wandb, trackio, tensorboard;
+    auto: wandb, offline without a key or where its server does not answer; none."""
     overrides: tuple[str, ...] = ()
     """Command-line words that changed what the stage makes; filled by `load`, not an option."""
 
@@ -55,6 +58,12 @@ class StageConfig:
     def run_dir(self) -> Path:
         """Folder that holds one subfolder per stage."""
         return Path(self.run or f"runs/{self.recipe}")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers; none where there is to be none."""
+        names = tuple(name.strip() for name in self.tracking.split(","))
+        return () if names == ("none",) else names
 
     def folder(self, stage: str) -> Path:
         """Folder of a stage of this run."""
@@ -85,8 +94,9 @@ class StageConfig:
             self.num_processes >= 1, f"num_processes: must be at least 1, got {self.num_processes}"
         )
         require(
-            self.tracking in ("wandb", "none"),
-            f"tracking: must be wandb or none, got {self.tracking!r}",
+            self.tracking == "none"
+            or (set(self.trackers) <= TRACKERS.keys() and _modules_differ(self.trackers)),
+            f"tracking: must be none or some of {', '.join(TRACKERS)}, got {self.tracking!r}",
         )
 
 
@@ -102,6 +112,11 @@ def portable(value: Any) -> Any:
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
     return value
+
+
+def _modules_differ(trackers: Sequence[str]) -> bool:
+    """Whether no tracker is named twice; auto is wandb."""
+    return len({TRACKERS[name] for name in trackers}) == len(trackers)
 
 
 def require(condition: bool, message: str) -> None:

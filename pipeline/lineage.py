@@ -153,6 +153,17 @@ def verify(folder: Path) -> tuple[Entry | None, list[Finding]]:
     ]
 
 
+def check_parents(parents: Mapping[str, Artifact]) -> None:
+    """Raises UserError where a stage's parents were not made from each other."""
+    for child in parents.values():
+        for name, recorded in child.content["parents"].items():
+            if name in parents and parents[name].digest != recorded["digest"]:
+                raise UserError(
+                    f"{child.path} was made from another {name} than {parents[name].path}. "
+                    f"Run: {mending_command(child.path)}"
+                )
+
+
 def check_ancestors(parents: Mapping[str, Artifact]) -> None:
     """Verifies all that a stage's parents were made from, though the stage does not read it itself.
 

@@ -7,10 +7,12 @@ import logging
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pipeline.errors import UserError
+from pipeline.shapes import holds, is_amount, is_text, is_whole, mapping
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +20,10 @@ HELD = (errno.EACCES, errno.EAGAIN)
 """What the system answers when another process holds the lock."""
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems answer that know no locks."""
+HOLDER = ("pid", "host", "since")
+CLOCK_SECONDS = 2.0
+"""How far the system's word on when a process began may lie off the clock."""
+LARGEST_PID = 2**31 - 1
 
 
 class Lock:
@@ -71,6 +77,51 @@ class Lock:
         self._file.truncate(0)
         self._file.write(json.dumps(holder) + "\n")
         self._file.flush()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that a lock's file names."""
+
+    pid: int
+    host: str
+    since: float
+    """When it took the lock, in seconds since 1970."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return self.host == platform.node()
+
+    def is_alive(self) -> bool:
+        """Returns whether it is still at work; only for one of this machine.
+
+        A process that began after the lock was taken has only inherited the number.
+        """
+        import psutil
+
+        try:
+            process = psutil.Process(self.pid)
+            began, status = process.create_time(), process.status()
+        except psutil.Error:
+            return False
+        return began <= self.since + CLOCK_SECONDS and status != psutil.STATUS_ZOMBIE
+
+
+def holder_of(path: Path) -> Holder | None:
+    """Returns who holds a lock, or held it when it died; None where nobody does."""
+    try:
+        if path.is_symlink():  # ours are plain files
+            return None
+        named = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return Holder(**{name: named[name] for name in HOLDER}) if _is_holder(named) else None
+
+
+def _is_holder(named: Any) -> bool:
+    shape = mapping({"pid": holds(is_whole), "host": holds(is_text), "since": holds(is_amount)})
+    return shape(named) is None and named["pid"] <= LARGEST_PID
 
 
 def _named(text: str) -> str:

@@ -5,7 +5,6 @@ then and nobody changes them. Until a point is renamed the one before it counts.
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -234,23 +233,6 @@ def log_sizes(point: Mapping[str, Any]) -> dict[str, int]:
         name: record["size"] if isinstance(record, dict) else record
         for name, record in records.items()
     }
-
-
-def last_step(log: Path) -> int:
-    """Returns the step of the last whole row of a log, 0 without any."""
-    lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
-    steps = [_step_in(line) for line in lines[-2:] if line.endswith(b"\n")]
-    return steps[-1] if steps else 0
-
-
-def _step_in(line: bytes) -> int:
-    """Returns the step of a row of a log, 0 of a damaged one."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return 0
-    step: Any = row.get("step") if isinstance(row, dict) else 0
-    return step if is_whole(step) else 0
 
 
 def step_of(folder: Path) -> int:

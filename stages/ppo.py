@@ -281,6 +281,7 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
         stage.log(update, diagnoser.read(metrics, update=update))
 
     done = point[0] if point else 0
+    stage.total_steps = config.updates
     if point:
         trainer.load(point[1])
         logged = read_jsonl(stage.path / "metrics.jsonl")

@@ -70,7 +70,12 @@ def test_circumstances_are_no_overrides_and_no_content(recipe):
         ("size: 7\n", ["--seed=-1"], "seed: must be at least 0, got -1"),
         ("size: 7\n", ["--threads=-1"], "threads: must be at least 0, got -1"),
         ("size: 7\n", ["--num_processes=0"], "num_processes: must be at least 1, got 0"),
-        ("size: 7\n", ["--tracking=paper"], "tracking: must be wandb or none, got 'paper'"),
+        (
+            "size: 7\n",
+            ["--tracking=paper"],
+            "tracking: must be none or some of auto, wandb, trackio, tensorboard, got 'paper'",
+        ),
+        ("size: 7\n", ["--tracking=auto,wandb"], "tracking: must be none or some of auto, wandb"),
         ("size: 7\n", ["--recipe=nowhere"], "no configuration configs/nowhere/toy.yaml.*cpu"),
     ],
 )

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.reporting.charts import Chart, Series, chart
+from pipeline.reporting.grouping import grouped
 
-OVERLAID = ("train", "validation")
-"""Groups whose figures of one name share a chart."""
 Curve = list[tuple[float, float]]
 
 
@@ -24,19 +23,16 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 
 def charts_of(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Returns a chart per metric that has a course, training and validation in one."""
-    together: dict[str, dict[str, Curve]] = defaultdict(dict)
-    for name, curve in curves(rows).items():
-        group, _, figure = name.partition("/")
-        together[figure if group in OVERLAID else name][group] = curve
+    found = curves(rows)
+    charts = {
+        title: {label: found[name] for label, name in parts.items()}
+        for title, parts in grouped(found).items()
+    }
     return [
-        _chart(figure if len(parts) > 1 else _full_name(figure, parts), parts)
-        for figure, parts in together.items()
+        _chart(title, parts)
+        for title, parts in charts.items()
         if any(len(curve) > 1 for curve in parts.values())
     ]
-
-
-def _full_name(figure: str, parts: Mapping[str, Curve]) -> str:
-    return figure if "/" in figure else f"{next(iter(parts))}/{figure}"
 
 
 def _chart(title: str, parts: Mapping[str, Curve]) -> Chart:

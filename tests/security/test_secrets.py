@@ -64,16 +64,19 @@ from pipeline.distributed import setup
 from pipeline.tracking import open_tracker
 from stages import pretrain
 
-words = ["--recipe=smoke", "--run=run", "--tracking=wandb"]
+words = ["--recipe=smoke", "--run=run", "--tracking=wandb,tensorboard"]
 config = load(pretrain.Config, words, stage="pretrain")
 setup(config)
-tracker = open_tracker(config, stage="pretrain", digest="0" * 64)
+tracker = open_tracker(config, stage="pretrain", key="0" * 64, parents={})
 tracker.log(1, {"train/loss": 1.0})
+tracker.table(1, [{"prompt": "a", "response": "b", "score": 1.0}])
+config.run_dir.joinpath("manifest.json").write_text("{}")
+tracker.attach(config.run_dir / "manifest.json", {"loss": 1.0})
 tracker.finish()
 """
 
 
-def test_wandbs_offline_folder(tmp_path):
+def test_what_trackers_write(tmp_path):
     """With every secret in the environment, in ~/.netrc, and one in the address of git's remote."""
     for name in ("pipeline", "stages", "configs"):
         (tmp_path / name).symlink_to(Path(name).absolute())
@@ -92,5 +95,6 @@ def test_wandbs_offline_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run").rglob("*.wandb"))
+    assert list((tmp_path / "run").rglob("*.tfevents.*"))
     assert not found_in(tmp_path / "run")
     assert not [name for name, value in PLANTED.items() if value.encode() in done.stderr]

@@ -99,6 +99,8 @@ def test_the_folder_follows_the_contract(finished):
     assert [row["step"] for row in rows if "objective/kl" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "validation/score" in row] == [0, 2, 4]
     assert {"validation/kl", "validation/eos_frac"} <= set(artifact.summary)
+    clocks = [json.loads(line) for line in (finished / "timings.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["of"]) for row in clocks] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {"prompt", "response", "score", "step"} == set(samples[0])
     assert not any("time/" in key for row in rows for key in row)

@@ -114,6 +114,7 @@ def test_the_folder_is_complete_and_its_figures_hold(run_dir):
     assert not (folder / ".trainer").exists()
     assert not list(folder.rglob("training_args.bin"))
     assert artifact.content["chosen"] == {"precision": "fp32"}
+    assert {row["of"] for row in rows(run_dir, "timings.jsonl")} == {12}
     figures = artifact.summary
     seen = 12 * config.training.minibatch_size * config.sequence_length
     assert figures["tokens_per_parameter"] == pytest.approx(seen / figures["parameters"])
