@@ -85,17 +85,11 @@ settings = --recipe=$(RECIPE) --run=$(RUN) \
 	$(if $(DEADLINE),$(if $(filter $1,$(trained)),--saving.deadline=$(DEADLINE))) \
 	$(if $(filter $1,$(named)),$(if $(force),--force=true) $(ARGS))
 
-# One process is plain Python; several on processors go through torchrun's launcher; GPUs and
-# machines are accelerate's to launch.
-ifneq ($(ACCELERATE_CONFIG),)
-processes := $(if $(filter 1,$(NPROC)),$(shell sed -n 's/^num_processes: *//p' $(ACCELERATE_CONFIG)),$(NPROC))
-launch = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE_CONFIG) \
-	--num_processes $(processes) -m stages.$1 --num_processes=$(processes)
-else ifneq ($(NPROC),1)
-launch = env ACCELERATE_USE_CPU=1 $(PYTHON) -m pipeline.launch $(NPROC) stages.$1 --num_processes=$(NPROC)
-else
-launch = $(PYTHON) -m stages.$1
-endif
+# One process is plain Python. Several, and whatever accelerate's YAML describes, are started by
+# pipeline.launch, which tells each stage how many they are.
+launcher := $(if $(ACCELERATE_CONFIG),pipeline.launch --config=$(ACCELERATE_CONFIG) $(NPROC) \
+	,$(if $(filter-out 1,$(NPROC)),pipeline.launch $(NPROC) ))
+launch = $(PYTHON) -m $(launcher)stages.$1
 
 venv := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 
