@@ -273,11 +273,11 @@ def test_the_crash_test_is_told_kills_seed_and_stages(checkout):
 
 def test_help_names_every_target_and_variable(checkout):
     words = make(checkout, "help").stdout.split()
-    tools = ["seeds", "lineage", "chat", "test", "check", "format", "help", "gpu-check"]
+    tools = ["slurm", "seeds", "lineage", "chat", "test", "check", "format", "help", "gpu-check"]
     for target in ["all", *STAGES, *tools, "crash-test", "fuzz"]:
         assert target in words
     variables = ("RECIPE", "RUN", "ARGS", "FORCE", "NPROC", "SEEDS", "PYTHON", "MODELS", "KILLS")
-    for variable in (*variables, "SEED"):
+    for variable in (*variables, "SEED", "SBATCH", "SBATCH_GPU", "DRY"):
         assert variable in words
 
 
