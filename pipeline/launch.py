@@ -148,14 +148,17 @@ class Family:
         return dict(sorted(bad, key=lambda each: each[1] > 0))
 
     def _tell(self, number: int, code: int, *, others: int) -> None:
-        """Says which process failed, where its own words do not tell."""
+        """Says which process failed, where its own words do not tell.
+
+        One that was killed has left its progress bar without an end of line.
+        """
         name = f"process {self.first + number} of {self.total}"
         if code < 0:
             what = f"{name} was killed by {signal.Signals(-code).name}"
             hint = "the same command goes on from the last resume point"
             if -code == signal.SIGKILL:
                 hint = f"if nobody did, the memory was full; {hint}"
-            log.error("%s, and the others were ended; %s", what, hint)
+            log.error("\n%s, and the others were ended; %s", what, hint)
         elif code not in TOLD:
             log.error("%s ended with exit code %d, its message stands above", name, code)
         elif others and number:
