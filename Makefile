@@ -7,6 +7,9 @@ FORCE =##                    1 rebuilds the stages named on the command line (wi
 NPROC = 1##                  processes of a stage
 DEADLINE =##                 time at which the stages must have ended, in seconds since 1970
 ACCELERATE_CONFIG =##        accelerate's YAML for GPUs and clusters, as in configs/accelerate/ddp.yaml
+SBATCH =##                   sbatch's options for every job of 'make slurm', as in --partition=long
+SBATCH_GPU =##               the same for the stages that train or generate, as in --gres=gpu:8
+DRY =##                      1: 'make slurm' shows its commands and submits nothing
 SEEDS = 1 2 3##              seeds of 'make seeds'
 KILLS = 100##                kills of 'make crash-test'
 EXAMPLES = 1000##            examples that each test of 'make fuzz' draws
@@ -46,14 +49,15 @@ $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) seeds lineage chat dashboard install test check format bench crash-test fuzz gpu-check \
+.PHONY: all $(STAGES) $(OPTIONAL) slurm seeds lineage chat dashboard install test check format bench crash-test \
+	fuzz gpu-check \
 	help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
 # Stages named on the command line: ARGS and FORCE reach these and no other.
 named := $(if $(filter all,$(or $(MAKECMDGOALS),all)),$(STAGES)) \
-	$(filter $(STAGES) $(OPTIONAL),$(MAKECMDGOALS))
+	$(filter $(STAGES) $(OPTIONAL),$(MAKECMDGOALS)) $(if $(filter slurm,$(MAKECMDGOALS)),$(STAGES))
 force := $(filter-out 0,$(FORCE))
 
 all: $(STAGES)                         ## the whole chain, from raw text to the report (the default)
@@ -85,17 +89,11 @@ settings = --recipe=$(RECIPE) --run=$(RUN) \
 	$(if $(DEADLINE),$(if $(filter $1,$(trained)),--saving.deadline=$(DEADLINE))) \
 	$(if $(filter $1,$(named)),$(if $(force),--force=true) $(ARGS))
 
-# One process is plain Python; several on processors go through torchrun's launcher; GPUs and
-# machines are accelerate's to launch.
-ifneq ($(ACCELERATE_CONFIG),)
-processes := $(if $(filter 1,$(NPROC)),$(shell sed -n 's/^num_processes: *//p' $(ACCELERATE_CONFIG)),$(NPROC))
-launch = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE_CONFIG) \
-	--num_processes $(processes) -m stages.$1 --num_processes=$(processes)
-else ifneq ($(NPROC),1)
-launch = env ACCELERATE_USE_CPU=1 $(PYTHON) -m pipeline.launch $(NPROC) stages.$1 --num_processes=$(NPROC)
-else
-launch = $(PYTHON) -m stages.$1
-endif
+# One process is plain Python. Several, and whatever accelerate's YAML describes, are started by
+# pipeline.launch, which tells each stage how many they are.
+launcher := $(if $(ACCELERATE_CONFIG),pipeline.launch --config=$(ACCELERATE_CONFIG) $(NPROC) \
+	,$(if $(filter-out 1,$(NPROC)),pipeline.launch $(NPROC) ))
+launch = $(PYTHON) -m $(launcher)stages.$1
 
 venv := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 
@@ -107,6 +105,24 @@ endef
 $(foreach stage,$(STAGES) $(OPTIONAL),$(eval $(call rule,$(stage))))
 
 always:
+
+# A job a stage, each once its parents among them have ended well; those with little to compute get
+# one process and no GPU. The shell's variables hold the numbers of the jobs.
+heavy := pretrain sft reward reward_guard ppo evaluate
+define job
+$1=$$(sbatch --parsable --job-name=$1 --output=$(RUN)/slurm/%x-%j.log $(addprefix \
+	--kill-on-invalid-dep=yes --dependency=afterok:,$(subst $(space),:,$(patsubst \
+	%,$$%,$(filter $(STAGES),$(parents_$1))))) $(SBATCH) $(if $(filter $1,$(heavy)),$(SBATCH_GPU)) \
+	configs/slurm/stage.sbatch $(if $(filter $1,$(trained)),deadline,plain) $(if $(filter \
+	$1,$(heavy)),$(call launch,$1),$(PYTHON) -m stages.$1) $(call settings,$1))
+echo "$1: job $$$1"
+
+endef
+
+slurm: export JOBS = $(foreach stage,$(STAGES),$(call job,$(stage)))
+slurm: $(venv) ## submit STAGES as Slurm jobs, each after its parents (DRY=1 shows the commands)
+	@{ echo 'mkdir -p $(RUN)/slurm'; printf '%s' "$$JOBS"; } | sed 's/  */ /g; s/^ //; s/ )$$/)/' \
+	  | $(if $(filter-out 0,$(DRY)),cat,sh -eu)
 
 seeds: $(venv) ## whole runs with SEEDS in folders of their own, and one table with intervals
 	@$(PYTHON) -m stages.seeds --recipe=$(RECIPE) --run=$(RUN) --num_processes=$(NPROC) \

@@ -13,8 +13,8 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from pipeline.config import StageConfig, load
-from pipeline.distributed import is_main
-from pipeline.errors import UpToDate, UserError
+from pipeline.distributed import is_main, rank, world_size
+from pipeline.errors import UpToDate, UserError, first_line
 from pipeline.pretrained import permit
 from pipeline.stopping import STOPPED, Stopped, Terminated
 from pipeline.terminal import start_logging
@@ -30,14 +30,27 @@ INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM where nothing was to be saved."""
 
-GRACE_SECONDS = 5.0
-"""How long another process waits before it says what the main one has probably said."""
+FAILED = 1
+"""Exit code of a process that failed through no mistake of the user's."""
+
+GRACE_SECONDS = 3.0
+"""How long another process waits before it says what the main one has probably said; twice that
+where a process only misses another, which has more to say and after which the launcher ends all."""
 
 TOLD = {UpToDate: 0, UserError: USER_MISTAKE, Stopped: STOPPED}
 """Exit codes of what comes with its own words."""
 
 NO_SUCH_ALGORITHM = "does not have a deterministic implementation"
 """What torch says where `deterministic` asks for what it does not have."""
+
+NO_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says where memory is full, on GPUs and on processors."""
+
+ALONE = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("ncclRemoteError", "remote process exited"),
+)
+"""What gloo, torch's store and NCCL say when a process that others wait for has gone."""
 
 DISK_TROUBLE = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -90,11 +103,14 @@ def _outcome(
         trusted = config.trust_remote_code
         permit([*trusted, *(str(config.folder(name)) for name in trusted)])
         run(config)
-    except (UpToDate, UserError, OSError, RuntimeError, Stopped, KeyboardInterrupt) as error:
+    except (
+        *(UpToDate, UserError, Stopped, KeyboardInterrupt),
+        *(OSError, RuntimeError, MemoryError),
+    ) as error:
         code, line = _ending(error)
         if not line:
             raise
-        _say(log.error if code else log.info, f"{stage}: {line}")
+        _say(log.error if code else log.info, stage, line, last=code == FAILED)
         return code
     return 0
 
@@ -106,12 +122,25 @@ def _ending(error: BaseException) -> tuple[int, str]:
             return TOLD[type(error)], str(error)
         case OSError() if error.errno in DISK_TROUBLE:
             return USER_MISTAKE, f"{error.filename or 'disk'}: {DISK_TROUBLE[error.errno]}"
-        case RuntimeError() if NO_SUCH_ALGORITHM in str(error):
-            return USER_MISTAKE, f"{str(error).split('.')[0]}. Set deterministic to false"
+        case RuntimeError() | MemoryError():
+            return _ending_of_work(error)
         case KeyboardInterrupt():
             code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
             return code, "interrupted; the same command goes on from the last resume point"
     return 1, ""
+
+
+def _ending_of_work(error: RuntimeError | MemoryError) -> tuple[int, str]:
+    """Returns exit code and line of what torch raises that is nobody's bug."""
+    said = str(error)
+    if isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY):
+        line = f"memory is full ({first_line(error)}). Lower microbatch_size or the lengths"
+        return USER_MISTAKE, line
+    if NO_SUCH_ALGORITHM in said:
+        return USER_MISTAKE, f"{said.split('.', maxsplit=1)[0]}. Set deterministic to false"
+    if world_size() > 1 and any(words in said for words in ALONE):
+        return FAILED, "a process that this one waited for has ended; its message says why"
+    return FAILED, ""
 
 
 @contextlib.contextmanager
@@ -131,12 +160,19 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _say(write: Callable[[str], None], line: str) -> None:
+def _say(write: Callable[[str], None], stage: str, line: str, *, last: bool) -> None:
     """Writes a line once: the main process at once, another only when it is alone with its news.
 
     When all processes stop for the same reason, the launcher ends the others within the grace.
+
+    Args:
+        write: of the log.
+        stage: whose line it is.
+        line: what there is to say.
+        last: whether another process has more to say; then the main one waits too.
     """
-    if not is_main():
+    if last or not is_main():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(GRACE_SECONDS)
-    write(line)
+        time.sleep(GRACE_SECONDS * (2 if last else 1))
+    name = stage if is_main() else f"{stage} (process {rank()} of {world_size()})"
+    write(f"{name}: {line}")

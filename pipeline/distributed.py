@@ -17,6 +17,9 @@ T = TypeVar("T")
 CUBLAS_WORKSPACE = ":4096:8"
 """Workspaces with which cuBLAS is deterministic (CUDA toolkit, cuBLAS, results reproducibility)."""
 
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""Variables by which accelerate's launcher says that models are divided over the processes."""
+
 
 def rank() -> int:
     """Returns this process's number among those launched, from 0."""
@@ -45,13 +48,23 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def setup(config: StageConfig) -> "Accelerator":
+def setup(config: StageConfig, *, shards: bool = False) -> "Accelerator":
     """Returns the Accelerator of a connected process, with threads and global seeds set.
 
+    Args:
+        config: of the stage.
+        shards: whether the stage's models may be divided over the processes.
+
     Raises:
-        UserError: the processes asked for and those connected are not the same number.
+        UserError: the processes asked for and those connected are not the same number, or the
+            stage was launched to divide models and cannot.
     """
     _refuse_lonely(config, world_size())
+    if not shards and any(os.environ.get(name) == "true" for name in SHARDING):
+        raise UserError(
+            "this stage keeps whole models on every process, it cannot divide them yet. "
+            "Use configs/accelerate/ddp.yaml"
+        )
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed

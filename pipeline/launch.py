@@ -1,28 +1,36 @@
-"""Starts one program as several connected processes of this machine's processors.
+"""Starts one program as several connected processes, and ends them together.
 
-    python -m pipeline.launch 2 stages.ppo --recipe=cpu --num_processes=2
+    python -m pipeline.launch 2 stages.ppo --recipe=cpu
+    python -m pipeline.launch --config=configs/accelerate/ddp.yaml 8 stages.ppo --recipe=cpu
 
-torch's elastic launcher does the work, as under torchrun. torchrun's own command line is left out:
-it takes words of the program for its own (`--run`), and buries the one line in which a stage says
-what is wrong below tracebacks about a child's exit code. The processes meet on the loopback alone:
-torchrun's rendezvous listens on every address of the machine and unpickles what it is sent. And its
-handling of signals is left out: it ends children after 30 s and forgets how they ended, where a
-stage that saves may take longer and says by its exit code that it did.
+The first starts processes of this machine's processors; the second what accelerate's YAML says,
+with the environment that accelerate's own launcher would give them. The program is told how many
+processes were launched (`--num_processes`).
+
+The launchers of torch and accelerate are left out. Theirs listen on every address of the machine
+and unpickle what they are sent, where ours meet on the loopback unless there are several machines.
+They end children 30 s after a signal and forget how they ended, where a stage that saves may take
+longer and says by its exit code that it did. They bury the one line in which a stage says what is
+wrong below tracebacks about a child's exit code. And when a process ends that others wait for, they
+leave these the time of a signal that nobody hears in the middle of a collective operation.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
-import uuid
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
-from pipeline.distributed import num_cores
+from pipeline.errors import UserError
+from pipeline.placement import Placement, as_configured, on_processors
+from pipeline.stopping import STOPPED
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +41,21 @@ PASSED_ON = {
     signal.SIGHUP: signal.SIGTERM,
 }
 """What the processes get of the signals that come here."""
-MOST_PER_CORE = 16
-"""Processes that a core is asked to share; more would only take the machine's memory."""
 USER_MISTAKE = 2
 """Exit code of what the user can mend, as stages have it."""
-SHUTDOWN_SECONDS = 60
-"""How long the other processes may take to end after the first has ended with a failure."""
+TOLD = (USER_MISTAKE, STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes after which the process has said why in a line of its own."""
+AGREE_SECONDS = 3.0
+"""How long the others may take to end by themselves, for the same reason, once one has failed."""
+STOP_SECONDS = 60.0
+"""The same, once one has stopped because it was asked to: the others may still be writing."""
+LOOK_SECONDS = 0.05
 
 
 def loopback_store() -> Any:
     """Returns torch's TCPStore where this machine's processes reach it, and no other machine.
 
-    By itself it would listen on every address, so it is given a socket that listens already. The
-    launcher, told the same address, finds it there (multi_tenant) and starts none of its own.
+    By itself it would listen on every address, so it is given a socket that listens already.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -66,50 +76,133 @@ def loopback_interface() -> str:
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
+class Family:
+    """The processes that this machine started, and what they end with.
+
+    Attributes:
+        first: number of the first of them among those of all machines.
+        total: processes of all machines.
+        children: by their number on this machine.
+    """
+
+    def __init__(self, program: Sequence[str], placement: Placement, *, port: int) -> None:
+        self.total, self.first = placement.total, placement.machine * placement.here
+        self.ended: dict[int, int] = {}
+        command = [sys.executable, "-u", "-m", *program, f"--num_processes={placement.total}"]
+        self.children = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **placement.variables(local, port=port)},
+                start_new_session=True,  # Ctrl-C of a terminal comes once, through this process
+            )
+            for local in range(placement.here)
+        ]
+
+    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Gives a signal to every process; how they end is theirs to say."""
+        for child in self.children:
+            child.send_signal(PASSED_ON[signal.Signals(number)])
+
+    def wait(self) -> int:
+        """Returns the exit code of the one that failed first, 0 when none did.
+
+        The others are ended when they have not ended by themselves soon after.
+        """
+        while not self._failed():
+            if len(self.ended) == len(self.children):
+                return 0
+            time.sleep(LOOK_SECONDS)
+        failed_at = time.monotonic()
+        while len(self.ended) < len(self.children):
+            if time.monotonic() > failed_at + self._grace:
+                break
+            time.sleep(LOOK_SECONDS)
+            self._failed()
+        culprit, code = next(iter(self.ended_badly.items()))
+        left = [child for child in self.children if child.poll() is None]
+        for child in left:
+            child.kill()
+            child.wait()
+        self._tell(culprit, code, others=len(left))
+        return code if code > 0 else 128 - code
+
+    @property
+    def _grace(self) -> float:
+        """How long the others may take; none once the main process has spoken for all."""
+        if STOPPED in self.ended.values():
+            return STOP_SECONDS
+        return 0.0 if self.first == 0 and self.ended.get(0) in TOLD else AGREE_SECONDS
+
+    def _failed(self) -> bool:
+        """Looks at who has ended; returns whether one of them has failed."""
+        for number, child in enumerate(self.children):
+            code = child.poll()
+            if code is not None:
+                self.ended.setdefault(number, code)
+        return bool(self.ended_badly)
+
+    @property
+    def ended_badly(self) -> dict[int, int]:
+        """Exit codes of the processes that failed: those that were killed, then the others."""
+        bad = [(number, code) for number, code in self.ended.items() if code]
+        return dict(sorted(bad, key=lambda each: each[1] > 0))
+
+    def _tell(self, number: int, code: int, *, others: int) -> None:
+        """Says which process failed, where its own words do not tell.
+
+        One that was killed has left its progress bar without an end of line.
+        """
+        name = f"process {self.first + number} of {self.total}"
+        if code < 0:
+            what = f"{name} was killed by {signal.Signals(-code).name}"
+            hint = "the same command goes on from the last resume point"
+            if -code == signal.SIGKILL:
+                hint = f"if nobody did, the memory was full; {hint}"
+            log.error("\n%s, and the others were ended; %s", what, hint)
+        elif code not in TOLD:
+            log.error("%s ended with exit code %d, its message stands above", name, code)
+        elif others and number:
+            log.error("%s failed, and the others were ended", name)
+
+
+@contextlib.contextmanager
+def meeting(placement: Placement) -> Iterator[int]:
+    """Yields the port where the processes meet, which is open here for one machine's alone."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a stage sets its own number of threads
+    if placement.machines > 1 or placement.total == 1:
+        yield placement.port
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    store = loopback_store()
+    yield store.port
+    del store
+
+
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code of the process that failed first, 0 when none did.
 
     Args:
-        argv: number of processes, module, and the module's own words.
+        argv: accelerate's YAML as `--config=FILE`, if any; number of processes (with a YAML: on all
+            machines, 1 for as many as it says), module, and the module's own words.
     """
-    processes, *program = argv
-    if int(processes) > (most := MOST_PER_CORE * num_cores()):
-        log.error("NPROC=%s: at most %d processes on this machine's cores", processes, most)
-        return USER_MISTAKE
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a stage sets its own number of threads
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in PASSED_ON:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _pass_on)
-    store = loopback_store()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=int(processes),
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="static",
-        rdzv_endpoint=f"{LOOPBACK}:{store.port}",
-        rdzv_configs={"rank": 0},
-        max_restarts=0,
-        signals_to_handle="",
-        shutdown_timeout=SHUTDOWN_SECONDS,
-    )
+    words = list(argv)
+    config = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else ""
+    processes, *program = words
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", *program)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    return 0
-
-
-def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Gives a signal to every process that was started, and waits on for how they end."""
-    for child in psutil.Process().children():
-        child.send_signal(PASSED_ON[signal.Signals(number)])
+        if config:
+            number = int(processes)
+            placement = as_configured(Path(config), processes=number if number > 1 else 0)
+        else:
+            placement = on_processors(int(processes))
+    except UserError as error:
+        log.error("%s", error)
+        return USER_MISTAKE
+    with meeting(placement) as port:
+        family = Family(program, placement, port=port)
+        for number in PASSED_ON:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, family.pass_on)
+        return family.wait()
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ documents of {train.num_tokens:,} tokens, packed into rows of {config.sequence_l
 
 def run(config: Config) -> None:
     """Makes the pretrain folder."""
-    device = setup(config).device
+    device = setup(config, shards=True).device
     data = open_artifact(config.folder("data"), kind="dataset")
     vocabulary = open_artifact(config.folder("tokenizer"), kind="tokenizer")
     parents = {"data": data, "tokenizer": vocabulary} | outside_parents(config, "pretrain")

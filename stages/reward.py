@@ -25,7 +25,7 @@ class Config(RewardConfig):
 
 def run(config: Config) -> None:
     """Makes the reward folder."""
-    setup(config)
+    setup(config, shards=True)
     parents = {
         name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
     } | outside_parents(config, "reward")

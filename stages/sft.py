@@ -287,7 +287,7 @@ that {summary["padding_frac"]:.1%} of the positions are padding.
 
 def run(config: Config) -> None:
     """Makes the sft folder."""
-    setup(config)
+    setup(config, shards=True)
     data = open_artifact(config.folder("data"), kind="dataset")
     pretrain = open_artifact(config.folder("pretrain"), kind="causal-lm")
     parents = {"data": data, "pretrain": pretrain}

@@ -91,9 +91,36 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(caplog):
 def test_another_process_speaks_after_the_main_one(monkeypatch, caplog):
     waited = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("pipeline.command.time.sleep", waited.append)
     code, lines = outcome(UserError("only here"), caplog)
-    assert (code, lines, waited) == (2, ["toy: only here"], [5.0])
+    assert (code, lines, waited) == (2, ["toy (process 1 of 4): only here"], [3.0])
+
+
+def test_a_process_that_misses_another_lets_that_one_speak(monkeypatch, caplog):
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9")
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        outcome(gone, caplog)  # of a process that has no companions
+    waited = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("pipeline.command.time.sleep", waited.append)
+    code, lines = outcome(gone, caplog)
+    said = "toy: a process that this one waited for has ended; its message says why"
+    assert (code, lines, waited) == (1, [said], [6.0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_a_full_memory_is_one_line(error, caplog):
+    code, lines = outcome(error, caplog)
+    line = f"toy: memory is full ({error}). Lower microbatch_size or the lengths"
+    assert (code, lines) == (2, [line])
 
 
 def test_an_operation_that_is_never_deterministic_is_one_line(caplog):

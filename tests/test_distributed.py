@@ -47,3 +47,9 @@ def test_deterministic_asks_torch_for_algorithms_that_are():
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_stage_that_keeps_whole_models_refuses_to_divide_them(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="keeps whole models on every process, it cannot divide"):
+        distributed.setup(StageConfig())

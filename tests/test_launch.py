@@ -1,4 +1,4 @@
-"""Launching several processes: they are connected, and a child's exit code is passed on."""
+"""Launching several processes: they are connected, numbered, and end together."""
 
 import os
 import signal
@@ -7,63 +7,75 @@ import sys
 import time
 from pathlib import Path
 
-PROGRAM = """
+import pytest
+
+NUMBERED = """
 import os, sys
 from pathlib import Path
 rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
 Path(sys.argv[1], f"{rank}-of-{world}").touch()
-assert sys.argv[3:] == ["--run=a", "--m"], sys.argv
+assert sys.argv[3:] == ["--run=a", "--m", f"--num_processes={world}"], sys.argv
+assert os.environ["ACCELERATE_USE_CPU"] == "1"
 if rank == "0":
     print("one line for the user", file=sys.stderr)
 sys.exit(int(sys.argv[2]))
 """
 
+SUMMED = """
+import os, sys
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+number = torch.tensor([2 ** dist.get_rank()])
+dist.all_reduce(number)
+print(number.item(), os.environ["LOCAL_RANK"], sys.argv[1], flush=True)
+dist.destroy_process_group()
+"""
 
-def launch(folder: Path, exit_code: int) -> subprocess.CompletedProcess[str]:
-    """Two processes of a program that leaves a file per process and exits with the code."""
-    (folder / "program.py").write_text(PROGRAM)
+STUCK = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.environ["RANK"] == "1":
+    {fault}
+time.sleep(600)
+"""
+"""Process 0 hears no signal, as in the middle of a collective operation."""
+
+
+def started(folder: Path, program: str, *words: object, **variables: str) -> subprocess.Popen[str]:
+    """The launcher at work on a program."""
+    (folder / "program.py").write_text(program)
     path = os.pathsep.join([str(Path.cwd()), str(folder)])
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pipeline.launch",
-            "2",
-            "program",
-            str(folder),
-            str(exit_code),
-            "--run=a",
-            "--m",
-        ],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
+    before = [str(word) for word in words if str(word).startswith("--config")]
+    processes, *rest = [str(word) for word in words if str(word) not in before]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.launch", *before, processes, "program", *rest],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
 
 
-def test_processes_are_numbered(tmp_path):
-    assert launch(tmp_path, 0).returncode == 0
+def test_processes_are_numbered_and_told_how_many_they_are(tmp_path):
+    process = started(tmp_path, NUMBERED, 2, tmp_path, 0, "--run=a", "--m")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
     assert {path.name for path in tmp_path.glob("*-of-*")} == {"0-of-2", "1-of-2"}
 
 
 def test_a_mistake_is_one_line_and_its_exit_code(tmp_path):
-    result = launch(tmp_path, 2)
-    assert result.returncode == 2
-    assert result.stderr == "one line for the user\n"
+    process = started(tmp_path, NUMBERED, 2, tmp_path, 2, "--run=a", "--m")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said == "one line for the user\n"
 
 
 def test_an_interruption_ends_the_processes_without_a_traceback(tmp_path):
-    (tmp_path / "sleeper.py").write_text(
+    program = (
         "import os, time\nopen(f'started-{os.environ[\"RANK\"]}', 'w').close()\ntime.sleep(600)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.launch", "2", "sleeper"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(tmp_path)])},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(tmp_path, program, 2)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("started-*"))) < 2:
         assert time.monotonic() < deadline
@@ -72,3 +84,66 @@ def test_an_interruption_ends_the_processes_without_a_traceback(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert "pipeline/launch.py" not in said
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "line"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 of 2 was killed by SIGKILL, and "),
+        ("sys.exit('its own words')", 1, "process 1 of 2 ended with exit code 1, its message "),
+        ("sys.exit(2)", 2, "process 1 of 2 failed, and the others were ended"),
+    ],
+)
+def test_a_process_that_fails_ends_those_that_hear_no_signal(tmp_path, fault, code, line):
+    process = started(tmp_path, STUCK.format(fault=fault), 2)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert said.splitlines()[-1].startswith(line)
+
+
+def test_others_may_finish_what_they_write_when_one_was_asked_to_stop(tmp_path):
+    program = (
+        "import os, sys, time\nrank = os.environ['RANK']\n"
+        "time.sleep(6 * (rank == '0'))\nopen(f'written-{rank}', 'w').close()\nsys.exit(75)\n"
+    )
+    process = started(tmp_path, program, 2)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert (tmp_path / "written-0").exists()
+
+
+def test_two_machines_are_connected_by_what_each_is_told(tmp_path):
+    yaml = Path("configs/accelerate/multi_node.yaml").read_text()
+    yaml = yaml.replace("use_cpu: false", "use_cpu: true").replace("MULTI_GPU", "MULTI_CPU")
+    (tmp_path / "two.yaml").write_text(yaml.replace("num_processes: 16", "num_processes: 4"))
+    machines = [
+        started(
+            tmp_path, SUMMED, "--config=two.yaml", 1,
+            SLURM_NNODES="2", SLURM_NODEID=str(number), SLURM_LAUNCH_NODE_IPADDR="127.0.0.1",
+            SLURM_JOB_ID=str(os.getpid()), GLOO_SOCKET_IFNAME="lo",
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for machine in machines:
+        said, errors = machine.communicate(timeout=60)
+        assert machine.returncode == 0, errors
+        assert sorted(said.splitlines()) == [f"15 {local} --num_processes=4" for local in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["9999"], "NPROC=9999: at most"),
+        (["--config=configs/accelerate/ddp.yaml", "1"], "ddp.yaml asks for 2 GPU(s) on this mach"),
+    ],
+)
+def test_what_cannot_be_launched_is_told_in_one_line(words, message):
+    result = subprocess.run(
+        [sys.executable, "-m", "pipeline.launch", *words, "this"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -170,16 +170,13 @@ def test_run_names_the_folder(checkout):
 
 def test_several_processes_go_through_the_launcher(checkout):
     result = make(checkout, "-n", "data", "NPROC=2")
-    assert "env ACCELERATE_USE_CPU=1 ./python -m pipeline.launch 2 stages.data" in result.stdout
-    assert "--num_processes=2" in result.stdout
+    assert "./python -m pipeline.launch 2 stages.data --recipe=tiny" in result.stdout
 
 
-def test_an_accelerate_config_decides_the_processes_unless_nproc_does(checkout):
-    (checkout / "ddp.yaml").write_text("num_processes: 4\n")
-    for nproc, expected in (("1", "4"), ("3", "3")):
-        words = make(checkout, "-n", "data", "ACCELERATE_CONFIG=ddp.yaml", f"NPROC={nproc}").stdout
-        assert "-m accelerate.commands.launch --config_file ddp.yaml" in words
-        assert f"--num_processes {expected} -m stages.data --num_processes={expected}" in words
+def test_the_launcher_is_given_accelerates_file(checkout):
+    (checkout / "ddp.yaml").touch()
+    words = make(checkout, "-n", "data", "ACCELERATE_CONFIG=ddp.yaml", "NPROC=3").stdout
+    assert "./python -m pipeline.launch --config=ddp.yaml 3 stages.data --recipe=tiny" in words
 
 
 @pytest.mark.parametrize(
@@ -276,11 +273,11 @@ def test_the_crash_test_is_told_kills_seed_and_stages(checkout):
 
 def test_help_names_every_target_and_variable(checkout):
     words = make(checkout, "help").stdout.split()
-    tools = ["seeds", "lineage", "chat", "test", "check", "format", "help", "gpu-check"]
+    tools = ["slurm", "seeds", "lineage", "chat", "test", "check", "format", "help", "gpu-check"]
     for target in ["all", *STAGES, *tools, "crash-test", "fuzz"]:
         assert target in words
     variables = ("RECIPE", "RUN", "ARGS", "FORCE", "NPROC", "SEEDS", "PYTHON", "MODELS", "KILLS")
-    for variable in (*variables, "SEED"):
+    for variable in (*variables, "SEED", "SBATCH", "SBATCH_GPU", "DRY"):
         assert variable in words
 
 

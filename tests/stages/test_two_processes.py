@@ -1,5 +1,6 @@
-"""Adapters trained by two connected processes: they end where those of one process end."""
+"""Adapters trained by two connected processes: the curves and the end are those of one process."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ TOLERANCE = 1e-6
 """A two-thousandth of an AdamW step. Measured: 0, for one process adds the same two microbatches
 that two processes read, and what they are multiplied by is a power of two. Without the reduction of
 gradients: 0.02."""
+
+CURVES = 1e-5
+"""Measured: 5e-6 (python -m benchmarks.worlds, which has four processes too)."""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,12 @@ def together(folder: Path, stage: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def curves(folder: Path) -> torch.Tensor:
+    """Every figure of every row of a stage's metrics."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return torch.tensor([value for row in rows for _, value in sorted(row.items())])
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter and the merged model of a stage's folder, by name."""
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -78,8 +88,10 @@ def test_two_processes_train_the_adapter_that_one_does(parents, tmp_path, stage)
         for name in {"data", "pretrain", "sft"} - {stage}:
             shutil.copytree(parents / name, folder / name)
         work(folder, stage)
-        found.append(weights(folder / stage))
-    one, two = found
+        found.append((weights(folder / stage), curves(folder / stage)))
+    (one, curves_of_one), (two, curves_of_two) = found
+    assert_close(curves_of_two, curves_of_one, tolerance=CURVES)
+    assert len(curves_of_one) > 12  # loss, gradient and learning rate of four steps, validation
     assert one.keys() == two.keys()
     assert all(weight.any() for name, weight in one.items() if "lora_B" in name)
     for name, weight in two.items():

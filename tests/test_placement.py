@@ -1,0 +1,177 @@
+"""Accelerate's YAML files, read by accelerate itself: what every process would be given."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.placement import as_configured, launch_arguments, on_processors
+
+FOLDER = Path("configs/accelerate")
+VARIABLES = (
+    *("NUM_MACHINES", "SLURM_NNODES", "MACHINE_RANK", "SLURM_NODEID", "MAIN_ADDRESS"),
+    *("SLURM_LAUNCH_NODE_IPADDR", "MAIN_PORT", "SLURM_JOB_ID"),
+)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine of eight GPUs that has DeepSpeed, outside of any job."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: True)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def written(folder: Path, name: str, **changes: str) -> Path:
+    """A copy of one of our files with other lines."""
+    text = (FOLDER / name).read_text()
+    for key, value in changes.items():
+        lines = [f"{key}: {value}" if line.startswith(f"{key}:") else line
+                 for line in text.splitlines()]  # fmt: skip
+        text = "\n".join(lines)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "expected"),
+    [
+        ("cpu", 2, {"ACCELERATE_USE_CPU": "1"}),
+        ("one_gpu", 1, {"ACCELERATE_USE_CPU": "False"}),
+        ("ddp", 2, {"ACCELERATE_MIXED_PRECISION": "no"}),
+        (
+            "fsdp2",
+            2,
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_RESHARD_AFTER_FORWARD": "true",
+                "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+                "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            },
+        ),
+        (
+            "deepspeed_zero2",
+            2,
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+        ),
+        (
+            "deepspeed_zero3",
+            2,
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+                "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+            },
+        ),
+    ],
+)
+def test_every_process_gets_what_accelerates_launcher_would_give_it(name, total, expected):
+    placement = as_configured(FOLDER / f"{name}.yaml")
+    assert (placement.total, placement.machines) == (total, 1)
+    assert expected.items() <= placement.environment.items()
+    sharded = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"}
+    assert sharded & placement.environment.keys() == sharded & expected.keys()
+
+
+def test_the_sharding_that_accelerate_builds_of_it_is_torchs_second(monkeypatch):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    for name, value in as_configured(FOLDER / "fsdp2.yaml").environment.items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert not plugin.cpu_ram_efficient_loading
+
+
+def test_accelerate_reads_the_stage_of_zero_from_the_file():
+    for stage in (2, 3):
+        path = FOLDER / f"deepspeed_zero{stage}.yaml"
+        args = launch_arguments(path, total=2, place={})
+        assert args.use_deepspeed
+        assert not args.use_fsdp
+        assert args.zero_stage == stage
+        assert args.offload_optimizer_device == args.offload_param_device == "none"
+
+
+def test_every_file_has_a_test_above():
+    known = {"cpu", "one_gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "multi_node"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == known
+
+
+def test_a_machine_finds_its_place_by_what_srun_says(monkeypatch):
+    for name, value in {
+        "SLURM_NNODES": "3",
+        "SLURM_NODEID": "2",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+        "SLURM_JOB_ID": "1230042",
+    }.items():
+        monkeypatch.setenv(name, value)
+    placement = as_configured(FOLDER / "multi_node.yaml")
+    assert (placement.total, placement.here, placement.machine) == (24, 8, 2)
+    given = placement.variables(5, port=placement.port)
+    wanted = {"RANK": "21", "LOCAL_RANK": "5", "WORLD_SIZE": "24", "LOCAL_WORLD_SIZE": "8"}
+    wanted |= {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20042"}
+    assert wanted.items() <= given.items()
+
+
+def test_our_own_names_come_before_sruns(monkeypatch):
+    ours = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MAIN_ADDRESS": "a", "MAIN_PORT": "4000"}
+    sruns = {"SLURM_NNODES": "3", "SLURM_NODEID": "0", "SLURM_LAUNCH_NODE_IPADDR": "b"}
+    for name, value in {**ours, **sruns}.items():
+        monkeypatch.setenv(name, value)
+    found = as_configured(FOLDER / "multi_node.yaml", processes=6)
+    assert (found.total, found.machines, found.machine) == (6, 2, 1)
+    assert (found.address, found.port) == ("a", 4000)
+
+
+def test_one_process_is_plain_python():
+    assert on_processors(1).variables(0, port=0) == {"ACCELERATE_USE_CPU": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("ddp", {"distributed_type": "XLA"}, "distributed_type XLA is none of NO, MULTI_CPU"),
+        ("ddp", {"distributed_type": "MANY"}, "accelerate cannot read it .*MANY"),
+        ("ddp", {"num_processes": "9"}, r"asks for 9 GPU\(s\) on this machine, which has 8"),
+        ("ddp", {"num_processes": "0"}, "0 processes cannot be divided over 1 machines"),
+        ("ddp", {"mixed_precision": "odd"}, "accelerate cannot launch it .*mixed_precision"),
+        ("cpu", {"use_cpu": "false"}, "distributed_type MULTI_CPU needs use_cpu: true"),
+        ("cpu", {"num_processes": "99999"}, "NPROC=99999: at most"),
+        ("fsdp2", {"use_cpu": "true"}, "FSDP with use_cpu: accelerate would not shard"),
+        ("deepspeed_zero2", {"use_cpu": "true"}, "DEEPSPEED with use_cpu: accelerate would not"),
+        ("multi_node", {}, "is for several machines, and MACHINE_RANK is not set. Run the same"),
+    ],
+)
+def test_what_accelerate_cannot_do_is_told(tmp_path, name, changes, message):
+    with pytest.raises(UserError, match=message):
+        as_configured(written(tmp_path, f"{name}.yaml", **changes))
+
+
+def test_deepspeed_that_is_missing_is_told(monkeypatch):
+    monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: False)
+    with pytest.raises(UserError, match="asks for DeepSpeed, which is not installed. Run: pip ins"):
+        as_configured(FOLDER / "deepspeed_zero3.yaml")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NUM_MACHINES": "two"}, "NUM_MACHINES must be a whole number, got 'two'"),
+        ({"MACHINE_RANK": "2"}, "machine 2 of 2; the first is number 0"),
+        ({"MACHINE_RANK": "0"}, "MAIN_ADDRESS is not set"),
+        ({"NUM_MACHINES": "3"}, "16 processes cannot be divided over 3 machines"),
+    ],
+)
+def test_a_machine_that_does_not_know_its_place_is_told(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        as_configured(FOLDER / "multi_node.yaml", processes=16)
