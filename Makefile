@@ -50,8 +50,7 @@ endif
 
 .DEFAULT_GOAL := all
 .PHONY: all $(STAGES) $(OPTIONAL) slurm seeds lineage chat dashboard install test check format bench crash-test \
-	fuzz gpu-check \
-	help always
+	fuzz gpu-check help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
