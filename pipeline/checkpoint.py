@@ -20,12 +20,7 @@ from pipeline.circumstances import Usage, circumstances
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
 from pipeline.lock import Lock
-from pipeline.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    mending_command,
-    read_manifest,
-)
+from pipeline.manifest import FORMAT_VERSION, MANIFEST, mending_command, read_manifest
 from pipeline.points import LOGS, Points, differences, log_sizes
 from pipeline.saving import saving_of
 from pipeline.stopping import Stopped
@@ -322,6 +317,8 @@ def _open(run: StageRun) -> None:
     run.lock.acquire()
     try:
         _check_finished(run)
+        what = f"the files of {run.stage}"
+        require_space(run.path.resolve().parent, run.config.room, what=what)
         before = {name: rows_in(run.path / name) for name in LOGS}
         run.earlier_seconds = _prepare(run)
         run.tracker = _track(run, before if run.latest_point() else None)

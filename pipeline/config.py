@@ -25,6 +25,8 @@ MOST_THREADS = 1024
 """More than any machine's cores; libraries that are asked for millions take the process down."""
 LONGEST_NAME = 255
 """Bytes of a file's name."""
+ROOM = 50_000_000
+"""Bytes of disk; the recipe cpu's rows take 19 MB and its downloads 11, other stages' logs less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ class StageConfig:
     def run_dir(self) -> Path:
         """Folder that holds one subfolder per stage."""
         return Path(self.run or f"runs/{self.recipe}")
+
+    @property
+    def room(self) -> int:
+        """Bytes of disk that the stage takes beside weights: rows, logs, pages."""
+        return ROOM
 
     @property
     def trackers(self) -> tuple[str, ...]:

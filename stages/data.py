@@ -10,6 +10,7 @@ origin, hash, licence, rows kept and rows dropped by reason.
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import begin
@@ -150,6 +151,12 @@ class Config(StageConfig):
             "preferences": self.preferences,
             "guard_preferences": self.guard_preferences,
         }
+
+    @property
+    def room(self) -> int:
+        """Bytes of disk: your own rows once more, beside what the recipe's take."""
+        paths = [Path(own.path) for own in self.own.values() if own.path]
+        return super().room + sum(path.stat().st_size for path in paths)
 
     def content(self) -> dict[str, Any]:
         """The settings and the digests of your own files: an edited file makes other data."""

@@ -313,6 +313,19 @@ def test_any_flipped_bit_of_a_manifest_is_seen():
     assert open_artifact(path.parent, kind="causal-lm").stage == "sft"
 
 
+def test_a_stage_does_not_begin_on_a_full_disk(monkeypatch):
+    with begin(config(), stage="sft", kind="causal-lm", parents={}) as run:
+        run.finish("done", chosen={}, summary={}, card="")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 1e6))
+    message = r"the files of sft need 0.05 GB and 0.00 GB are free"
+    with (
+        pytest.raises(UserError, match=message),
+        begin(config(force=True), stage="sft", kind="causal-lm", parents={}),
+    ):
+        raise AssertionError("it began")
+    assert open_artifact(run.path, kind="causal-lm").stage == "sft"  # and nothing was touched
+
+
 def test_room_for_points_and_result_is_checked_before_training(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 9e9))
     with begin(config(), stage="sft", kind="causal-lm", parents={}) as run:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import open_artifact
+from pipeline.config import ROOM
 from pipeline.data.cleaning import normalise
 from pipeline.data.files import OwnRows
 from pipeline.data.formats import read_rows, row_texts
@@ -121,7 +122,9 @@ def test_an_edited_file_makes_other_data(tmp_path):
 def test_own_rows_alone(tmp_path):
     own = OwnRows(path=own_file(tmp_path, [{"text": f"text {n}"} for n in range(10)]))
     nothing: dict[str, Any] = {"chats": Chats(source="none"), "ratings": Ratings(source="none")}
-    run(config_of(tmp_path, text=own, **nothing))
+    config = config_of(tmp_path, text=own, **nothing)
+    assert config.room == ROOM + Path(own.path).stat().st_size
+    run(config)
     assert set(open_artifact(tmp_path / "run/data", kind="dataset").summary["rows"]) == {"text"}
     with pytest.raises(UserError, match="every source is none"):
         run(config_of(tmp_path / "empty", **nothing))
