@@ -165,11 +165,18 @@ class Config(StageConfig):
         return super().content() | ({"file_digests": given} if given else {})
 
 
-def _add_own(collected: Collection, config: Config, row_type: str) -> None:
-    """Adds the user's own rows of one type, split by group."""
+def _add_own(
+    collected: Collection, config: Config, row_type: str, *, split_of: dict[str, str]
+) -> None:
+    """Adds the user's own rows of one type, split by group.
+
+    A group that an earlier type has put into a split stays there, in every type: `split_of` tells,
+    and is told.
+    """
     own = config.own[row_type]
     rows, source = own_rows(own, row_type)
-    split_of = assign((row["group"] for row in rows), own.split, seed=config.seed)
+    new = (row["group"] for row in rows if row["group"] not in split_of)
+    split_of |= assign(new, own.split, seed=config.seed)
     by_split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_split[split_of[row["group"]]].append(row)
@@ -284,9 +291,10 @@ def _add_ratings(collected: Collection, config: Config) -> None:
 def _collect(config: Config) -> Collection:
     """Returns all rows: the user's own first, the recipe's for the types that are left."""
     collected = Collection()
+    split_of: dict[str, str] = {}
     for row_type, own in config.own.items():
         if own.is_given:
-            _add_own(collected, config, row_type)
+            _add_own(collected, config, row_type, split_of=split_of)
     if config.chats.source != "none" and not collected.has("text", "instructions"):
         _add_chats(collected, config)
     _add_prompts(collected)

@@ -1,4 +1,4 @@
-"""What is done to every text: entities, control characters and spaces mended; nothing reworded."""
+"""What is done to a text: control characters and spaces mended; nothing reworded."""
 
 import html
 import re
@@ -12,6 +12,9 @@ _SPACE = re.compile(r"\s+")
 _LONG_NUMBER = re.compile(r"&#[0-9]{4000,};?")
 """An entity that Python refuses to read as a number."""
 _NOT_WORD = re.compile(r"[^\w]+|_+")
+
+_TOKEN = re.compile(r"<\|\w{1,40}\|>")
+"""How most tokenizers write their special tokens: ours, ChatML's, Llama's, GPT's."""
 
 DEEPEST_ESCAPE = 8
 """Times a text may have been escaped; more is no accident, and would take quadratic time."""
@@ -28,6 +31,14 @@ def clean(text: str) -> str:
     return _SPACE.sub(" ", _CONTROL.sub(" ", text)).strip()
 
 
+def tidy(text: str) -> str:
+    """Returns the text as its writer laid it out: lines and spaces inside it stay.
+
+    Line ends become one kind, control characters spaces, and the space around it goes.
+    """
+    return _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+
+
 def normalise(text: str) -> str:
     """Returns what two texts share that read the same: lower case, words only.
 
@@ -42,6 +53,11 @@ def normalise(text: str) -> str:
 def num_words(text: str) -> int:
     """Number of words between spaces."""
     return len(text.split())
+
+
+def has_token(text: str) -> bool:
+    """Whether the text spells what a tokenizer may read as structure, ours or a borrowed one."""
+    return "<|" in text and _TOKEN.search(text) is not None
 
 
 def has_marker(text: str) -> bool:

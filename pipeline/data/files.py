@@ -1,26 +1,27 @@
-"""The user's own rows: a local JSONL, CSV or Parquet file, or a data set from the hub."""
+"""The user's own rows: a local file or a data set from the hub, in our form or a known schema."""
 
-import csv
 import hashlib
-import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import portable, require
-from pipeline.data.cleaning import has_marker
+from pipeline.data.adapters.reading import ADAPTERS, adapted
+from pipeline.data.cleaning import has_token
 from pipeline.data.formats import check_row, row_texts
+from pipeline.data.local import SUFFIXES, local_rows, suffix_of
 from pipeline.data.sources import Source
 from pipeline.data.splits import Split
-from pipeline.data.tables import Row, parquet_rows
+from pipeline.data.tables import Row
 from pipeline.errors import UserError, first_line
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-LONGEST_CELL = 2**30
-"""Signs of one cell of a CSV file; Python's own limit of 131,072 is less than a long document."""
 HUB_FORMATS = ("arrow", "csv", "json", "parquet", "text")
 """Formats of a hub data set that hold text alone, by the names of datasets' builders."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +29,28 @@ class OwnRows:
     """Rows of your own in place of the recipe's, for one row type."""
 
     path: str = ""
-    """Local file: .jsonl (one object per line), .csv (a header line) or .parquet."""
+    """Local file: .jsonl or .jsonl.gz (one object per line), .json (a list of objects), .csv (a
+    header line) or .parquet."""
     hub: str = ""
-    """Hub data set as datasets.load_dataset names it, such as owner/name."""
+    """Hub data set as datasets.load_dataset names it, such as owner/name, or a folder like one."""
     hub_config: str = ""
     """Configuration of the hub data set; its default one when empty."""
+    hub_dir: str = ""
+    """Folder inside the hub data set that is read, such as helpful-base; all of it when empty."""
     hub_split: str = "train"
-    """Split of the hub data set that is read; ours are made from it."""
-    revision: str = "main"
-    """Revision of the hub data set: a commit pins it."""
+    """Split of the hub data set that is read (a+b reads two); ours are made from it."""
+    revision: str = ""
+    """Revision of the hub data set, which must be named: a commit pins it."""
+    schema: str = ""
+    """What the rows look like: hh, tldr, ultrafeedback, sharegpt, alpaca or oasst, by the data sets
+    that made them known (docs/own-data.md); empty: as this row type is written here."""
+    languages: tuple[str, ...] = ()
+    """Languages that are kept, as in [en,de], where the schema tells them (oasst); empty: all."""
     licence: str = "unknown"
     """Licence of these rows, for sources.json and the model cards."""
     split: Split = field(default_factory=Split)
-    """Shares held out; rows with one `group` column (else the same first text) stay together."""
+    """Shares held out; rows with one `group` column (else the same first text) stay together, of a
+    schema those of one document: conversation, post, prompt or tree."""
 
     def check(self, field: str) -> None:
         """Raises UserError, naming the field's path, for settings that do not fit together."""
@@ -50,8 +60,31 @@ class OwnRows:
             f"{field}.path: name a file or a hub data set, not both",
         )
         require(
-            not self.path or Path(self.path).suffix in SUFFIXES,
+            not self.path or bool(suffix_of(Path(self.path))),
             f"{field}.path: must end in {', '.join(SUFFIXES)}, got {self.path!r}",
+        )
+        require(
+            not self.hub or bool(self.revision) or Path(self.hub).is_dir(),
+            f"{field}.revision: name the commit of {self.hub} that is read (a tag or a branch such "
+            "as main is taken too, and may change)",
+        )
+        self._check_schema(field)
+
+    def _check_schema(self, field: str) -> None:
+        known = ", ".join(ADAPTERS)
+        require(
+            not self.schema or self.schema in ADAPTERS,
+            f"{field}.schema: must be {known} or empty, got {self.schema!r}",
+        )
+        adapter = ADAPTERS.get(self.schema)
+        require(
+            adapter is None or field in adapter.gives,
+            f"{field}.schema: {self.schema} holds no {field}, only "
+            f"{', '.join(adapter.gives if adapter else ())}",
+        )
+        require(
+            not self.languages or (adapter is not None and adapter.language is not None),
+            f"{field}.languages: the rows do not tell their language; leave it out",
         )
 
     @property
@@ -67,112 +100,105 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
         UserError: the file is missing, unreadable or empty, or a row is malformed: the message
             names file and line.
     """
-    raw = _local_rows(Path(own.path)) if own.path else _hub_rows(own)
+    version, raw = ("", local_rows(Path(own.path))) if own.path else _hub_rows(own)
     source = Source(
-        origin=portable(own.path) or f"hub: {own.hub} {own.hub_config}".strip(),
-        version="" if own.path else own.revision,
+        origin=portable(own.path) or f"hub: {_hub_name(own)}",
+        version=version,
         sha256=file_digest(own),
         licence=own.licence,
     )
     rows: list[Row] = []
     first: Row | None = None
-    for where, value in raw:
+    for where, value in _in_our_form(own, row_type, raw, source.dropped):
         row = check_row(value, row_type, where=where)
         first = first or row
         _check_alike(row, first, where=where)
-        if any(has_marker(text) for text in row_texts(row)):
+        if any(has_token(text) for text in row_texts(row)):
             source.dropped["a special token in the text"] += 1
         else:
             rows.append(row)
     if not rows:
-        dropped = sum(source.dropped.values())
-        why = f" ({dropped} were dropped: a special token in the text)" if dropped else ""
+        reasons = ", ".join(f"{why}: {count}" for why, count in sorted(source.dropped.items()))
+        why = f" (dropped: {reasons})" if reasons else ""
         raise UserError(f"{own.path or source.origin}: no {row_type} rows in it{why}")
     return rows, source
 
 
+def _in_our_form(
+    own: OwnRows, row_type: str, raw: Iterable[tuple[str, Any]], dropped: Counter[str]
+) -> Iterator[tuple[str, Any]]:
+    if own.schema:
+        yield from adapted(raw, own.schema, row_type, languages=own.languages, dropped=dropped)
+    else:
+        for where, value in raw:
+            # An empty cell is an absent value, so that an optional column may have gaps.
+            absent = isinstance(value, dict) and own.path.endswith(".csv")
+            yield where, {k: v for k, v in value.items() if v is not None} if absent else value
+
+
 def file_digest(own: OwnRows) -> str:
-    """Returns the SHA-256 of the local file, or nothing for a hub data set."""
+    """Returns the SHA-256 of the local file or folder, or nothing for a data set from the hub."""
     if not own.path:
-        return ""
+        folder = Path(own.hub)
+        return _folder_digest(folder) if own.hub and folder.is_dir() else ""
     if not Path(own.path).is_file():
         raise UserError(f"{own.path} does not exist")
     with Path(own.path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    try:
-        yield from readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from error
+def _folder_digest(folder: Path) -> str:
+    """The digest of the names and the digests of all files in it."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder)}\0{digest}\n".encode())
+    return total.hexdigest()
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path} line {number}"
-            if not line.strip():
-                raise UserError(f"{where}: the line is empty")
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON ({first_line(error)})") from error
+def _hub_name(own: OwnRows) -> str:
+    parts = (str(portable(own.hub)), own.hub_config, own.hub_dir, own.hub_split)
+    return " ".join(part for part in parts if part)
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(LONGEST_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            header = list(reader.fieldnames or ())
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise UserError(f"{path} line 1: two columns are named {', '.join(twice)!r}")
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                if None in row or None in row.values():
-                    columns = len(header)
-                    raise UserError(f"{where}: not as many cells as the header's {columns} columns")
-                # An empty cell is an absent value, so that an optional column may have gaps.
-                yield where, {name: cell for name, cell in row.items() if cell}
-        except csv.Error as error:
-            raise UserError(f"{path} line {reader.line_num + 1}: not CSV ({error})") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(parquet_rows(path), start=1):
-        yield f"{path} row {number}", row
-
-
-def _hub_rows(own: OwnRows) -> Iterator[tuple[str, Any]]:
+def _hub_rows(own: OwnRows) -> tuple[str, Iterator[tuple[str, Any]]]:
+    """Returns the commit that was read, empty of a folder, and the rows with their places."""
     import datasets
     import yaml
     from datasets.exceptions import DatasetsError
 
+    is_folder = Path(own.hub).is_dir()
     try:
         builder = datasets.load_dataset_builder(
-            own.hub, own.hub_config or None, revision=own.revision
+            own.hub,
+            own.hub_config or None,
+            data_dir=own.hub_dir or None,
+            revision=None if is_folder else own.revision,
         )
-        _check_format(builder.name, own.hub)
+        _check_builder(builder, own)
         builder.download_and_prepare()
         rows = builder.as_dataset(split=own.hub_split)
     except (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError) as error:
         # Not found, no network, no such configuration or split, a loading script, a broken file.
         reason = first_line(error)
         raise UserError(f"cannot load the hub data set {own.hub} ({reason})") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{own.hub} row {number}", row
+    placed = ((f"{own.hub} row {number}", row) for number, row in enumerate(rows, start=1))
+    return "" if is_folder else str(builder.hash), placed
 
 
-def _check_format(name: str, hub: str) -> None:
-    """Refuses files that are not rows of text: some of their kinds hold pickles."""
+def _check_builder(builder: Any, own: OwnRows) -> None:
+    """Refuses files that are not rows of text, of which some kinds hold pickles; another commit."""
     require(
-        name in HUB_FORMATS,
-        f"the hub data set {hub} is made of {name} files; only {', '.join(HUB_FORMATS)} are read",
+        builder.name in HUB_FORMATS,
+        f"the hub data set {own.hub} is made of {builder.name} files; only "
+        f"{', '.join(HUB_FORMATS)} are read",
+    )
+    # Without a network datasets takes what its cache holds, whatever revision was asked for.
+    require(
+        not _COMMIT.fullmatch(own.revision) or builder.hash == own.revision,
+        f"the hub data set {own.hub} was found at {builder.hash}, not at the revision "
+        f"{own.revision}; connect to the network once",
     )
 
 
@@ -180,8 +206,13 @@ def _check_alike(row: Row, first: Row, *, where: str) -> None:
     """Refuses a row whose columns have other types than the first row's."""
     if "chosen" in row:
         row.setdefault("margin", None)
-    expected = {name: type(value) for name, value in first.items() if name != "margin"}
-    given = {name: type(value) for name, value in row.items() if name != "margin"}
+    expected, given = _form(first), _form(row)
     if given != expected:
         names = sorted(k for k in given.keys() | expected.keys() if given.get(k) != expected.get(k))
         raise UserError(f"{where}: {', '.join(names)} differ in form from the first row's")
+
+
+def _form(row: Row) -> dict[str, type]:
+    """The type of each column; of a ranking's only prompt, its own."""
+    forms = {name: type(value) for name, value in row.items() if name != "margin"}
+    return forms | ({"prompts": type(row["prompts"][0])} if "prompts" in row else {})

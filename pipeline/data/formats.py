@@ -9,7 +9,8 @@
 
 A prompt is a string or a list of messages that ends with the user's; a completion, chosen or
 rejected reply is a string or the assistant's message in a list of one. Every row has a `group`
-(conversation, document or text); in rankings of the recipe it is the name of the set.
+(conversation, document or text); in rankings of the recipe it is the name of the set. Lines and
+spaces within a text stay as they are.
 """
 
 import math
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.cleaning import clean
+from pipeline.data.cleaning import clean, tidy
 from pipeline.data.tables import FORMS, Row, parquet_rows, stage_rows
 from pipeline.errors import UserError
 
@@ -50,7 +51,7 @@ def read_rows(folder: Path, row_type: str, *, split: str) -> list[Row]:
 
 
 def check_row(row: Any, row_type: str, *, where: str) -> Row:
-    """Returns the row in the form its Parquet file holds, texts cleaned, other columns left out.
+    """Returns the row in the form its Parquet file holds, texts tidied, other columns left out.
 
     Args:
         row: what the user's file holds on one line.
@@ -84,7 +85,8 @@ def row_texts(row: Row) -> list[str]:
     """Returns every text of a row of any type."""
     names = ("messages", "text", "prompt", "completion", "chosen", "rejected")
     texts = [text for name in names if name in row for text in texts_of(row[name])]
-    return [*row.get("prompts", []), *texts, *row.get("responses", [])]
+    prompts = [text for prompt in row.get("prompts", []) for text in texts_of(prompt)]
+    return [*prompts, *texts, *row.get("responses", [])]
 
 
 class _BadRowError(ValueError):
@@ -121,9 +123,9 @@ def _preference(row: Row) -> Row:
 
 
 def _ranking(row: Row) -> Row:
-    prompts = row["prompts"] if "prompts" in row else [_prompt_value(row, "prompt")]
-    if not isinstance(prompts, list) or len(prompts) != 1 or not isinstance(prompts[0], str):
-        raise _BadRowError("a ranking has one prompt, a string")
+    prompts = row["prompts"] if "prompts" in row else [row.get("prompt")]
+    if not isinstance(prompts, list) or len(prompts) != 1:
+        raise _BadRowError("a ranking has one prompt")
     responses, scores = row["responses"], row.get("scores")
     if not isinstance(responses, list) or len(responses) < 2:
         raise _BadRowError("responses must be a list of at least two texts")
@@ -135,7 +137,7 @@ def _ranking(row: Row) -> Row:
         if not isinstance(given, list) or len(given) != len(responses):
             raise _BadRowError("ids and ratings must be lists as long as responses")
     return {
-        "prompts": [_string({"prompt": prompts[0]}, "prompt")],
+        "prompts": [_prompt_value({"prompt": prompts[0]}, "prompt")],
         "set": _label(row.get("set"), "set") or "own",
         "ids": [_label(key, "ids") for key in ids],
         "responses": [_string({"response": text}, "response") for text in responses],
@@ -186,7 +188,7 @@ def _string(row: Row, name: str) -> str:
         raise _BadRowError(f"{name} is missing")
     if not isinstance(value, str):
         raise _BadRowError(f"{name} must be a text, got {type(value).__name__}")
-    if not (text := clean(value)):
+    if not (text := tidy(value)):
         raise _BadRowError(f"{name} is empty")
     return text
 

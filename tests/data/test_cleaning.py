@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.cleaning import clean, has_marker, normalise, num_words
+from pipeline.data.cleaning import clean, has_marker, has_token, normalise, num_words, tidy
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,26 @@ def test_clean_is_idempotent(text):
 
 
 @pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (" a\n\n  b\tc ", "a\n\n  b\tc"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("a\u0000b\ufeff", "a b"),
+        ("&lt;p&gt;", "&lt;p&gt;"),
+    ],
+)
+def test_tidy(raw, expected):
+    assert tidy(raw) == expected
+
+
+@given(st.text())
+def test_tidy_is_idempotent(text):
+    once = tidy(text)
+    assert tidy(once) == once
+    assert once.encode().decode() == once  # no lone surrogate is left
+
+
+@pytest.mark.parametrize(
     ("one", "other"),
     [("How are you?", "how are you"), ("STOP!!!", "stop"), ("well - ok", "well ok")],
 )
@@ -45,3 +65,5 @@ def test_small_measures():
     assert num_words("one two  three") == 3
     assert has_marker("this <|end|> ends")
     assert not has_marker("a <| b |>")
+    assert has_token("<|im_start|>user")
+    assert not has_token("a <| b |> and <b>")

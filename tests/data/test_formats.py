@@ -13,7 +13,7 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1, -1]}
 @pytest.mark.parametrize(
     ("row_type", "row", "expected"),
     [
-        ("text", {"text": " a  b ", "other": 1}, {"text": "a b", "group": "a b"}),
+        ("text", {"text": " a  b ", "other": 1}, {"text": "a  b", "group": "a  b"}),
         (
             "text",
             {"messages": [USER, ASSISTANT], "group": 7},
@@ -93,8 +93,9 @@ def test_rows_that_are_taken(row_type, row, expected):
             {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "nan"},
             "margin must be finite, got 'nan'",
         ),
-        ("preferences", RANKING | {"prompts": ["p", "q"]}, "a ranking has one prompt, a string"),
-        ("preferences", RANKING | {"prompt": [USER]}, "a ranking has one prompt, a string"),
+        ("preferences", RANKING | {"prompts": ["p", "q"]}, "a ranking has one prompt"),
+        ("preferences", RANKING | {"prompts": [3]}, "prompt must be a text, got int"),
+        ("preferences", RANKING | {"prompt": [ASSISTANT]}, "prompt must end with a message of"),
         ("preferences", RANKING | {"responses": ["a"]}, "responses must be a list of at least two"),
         ("preferences", RANKING | {"scores": [1]}, "scores must be a list as long as responses"),
         ("preferences", RANKING | {"ids": ["1"]}, "ids and ratings must be lists as long as"),
@@ -113,8 +114,10 @@ def test_every_text_of_a_row():
     assert row_texts({"prompt": [USER], "completion": "c", "group": "g"}) == ["hello", "c"]
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
-    rows = [check_row(RANKING, "preferences", where="here")]
+@pytest.mark.parametrize("prompt", ["p", [USER, ASSISTANT, USER]])
+def test_rows_come_back_as_they_were_written(tmp_path, prompt):
+    rows = [check_row(RANKING | {"prompt": prompt}, "preferences", where="here")]
+    assert rows[0]["prompts"] == [prompt]
     write_rows(tmp_path, "preferences", split="train", rows=rows)
     write_rows(tmp_path, "preferences", split="test", rows=[])
     assert read_rows(tmp_path, "preferences", split="train") == rows

@@ -62,6 +62,8 @@ WHOLE = {
     ".jsonl": as_jsonl(PAIRS),
     ".csv": as_csv(PAIRS, "\r\n"),
     ".parquet": as_parquet(PAIRS),
+    ".json": as_json(PAIRS),
+    ".jsonl.gz": gzip.compress(as_jsonl(PAIRS)),
 }
 
 
@@ -77,7 +79,7 @@ def test_a_damaged_file_gives_rows_or_one_line(suffix, folder, data):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("other", [".jsonl", ".csv", ".parquet", ".gz", ".empty"])
 def test_a_misnamed_compressed_or_empty_file_gives_rows_or_one_line(suffix, other, folder):
-    contents = {**WHOLE, ".gz": gzip.compress(WHOLE[".jsonl"]), ".empty": b""}
+    contents = {**WHOLE, ".gz": WHOLE[".jsonl.gz"], ".empty": b""}
     read(folder, f"other{suffix}", contents[other])
 
 

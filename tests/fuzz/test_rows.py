@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.cleaning import clean, normalise
+from pipeline.data.cleaning import clean, normalise, tidy
 from pipeline.data.formats import check_row, read_rows, row_texts, write_rows
 from pipeline.data.prompts import prompts_of
 from pipeline.data.splits import Split, assign
@@ -57,7 +57,7 @@ def test_a_row_is_refused_in_one_line_or_comes_back_from_its_file(row_type, fold
     assert read_rows(folder, row_type, split="train") == [checked]
     if "prompt" in checked:
         prompts_of({"train": [checked]}, texts={})
-    assert all(text == clean(text) for text in row_texts(checked))
+    assert all(text == tidy(text) for text in row_texts(checked))
 
 
 @fuzz(100)

@@ -141,7 +141,7 @@ def test_an_adapter_of_another_kind(tmp_path, change_of):
 @pytest.mark.parametrize("suffix", ["pkl", "pt", "npy", "npz", "bin"])
 def test_a_data_source_is_no_pickle(tmp_path, mark, suffix):
     file = plant(tmp_path / f"rows.{suffix}", mark)
-    refused(lambda: OwnRows(path=str(file)).check("text"), "must end in .jsonl, .csv, .parquet")
+    refused(lambda: OwnRows(path=str(file)).check("text"), "must end in .jsonl, ")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])

@@ -1,0 +1,1 @@
+"""Well-known schemas of foreign data sets: one module each turns their rows into ours."""
