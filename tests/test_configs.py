@@ -22,7 +22,7 @@ def test_every_yaml_loads(path):
     assert config.recipe == path.parent.name
 
 
-@pytest.mark.parametrize("recipe", ["cpu", "smoke", "smollm2"])
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES))
 def test_a_recipe_has_a_yaml_for_every_stage(recipe):
     assert {f"{stage}.yaml" for stage in STAGES} <= {
         p.name for p in Path("configs", recipe).iterdir()
