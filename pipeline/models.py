@@ -19,7 +19,7 @@ from pipeline.sequences import collate, last_states, wide
 from pipeline.shapes import is_number, is_whole
 from pipeline.storage import read_json
 from pipeline.streams import stream
-from pipeline.tokenizer import encode_prompt
+from pipeline.tokenizer import encode_prompt, render_prompt
 from pipeline.weights import load_whole
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
         f"{path}: the tokenizer's PAD must be a token of its own, not EOS",
     )
     require(
-        bool(encode_prompt(tokenizer, "hello")),
+        bool(encode_prompt(tokenizer, "hello")) and "hello" in render_prompt(tokenizer, "hello"),
         f"{path}: the tokenizer's chat template makes nothing of a prompt",
     )
     _check_ids(tokenizer, Path(path) / "config.json")

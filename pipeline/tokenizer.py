@@ -76,6 +76,16 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> list[int]:
     return list(ids)
 
 
+def render_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> str:
+    """Returns the prompt's text in the chat template, up to where a reply begins."""
+    with rendering(tokenizer):
+        return str(
+            tokenizer.apply_chat_template(
+                messages_of(prompt), tokenize=False, add_generation_prompt=True
+            )
+        )
+
+
 @contextlib.contextmanager
 def rendering(tokenizer: "Tokenizer") -> Iterator[None]:
     """Turns what a chat template fails at into one line; Transformers renders it in a sandbox.

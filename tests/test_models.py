@@ -14,6 +14,7 @@ from pipeline.models import (
     score_responses,
 )
 from pipeline.tokenizer import train_tokenizer
+from tests.evaluation.fakes import tiny_tokenizer
 from tests.support import assert_close, tiny_llama, tiny_reward_model
 
 
@@ -120,3 +121,13 @@ def test_precision_is_as_wanted_or_as_the_processor_allows():
     assert choose_precision("auto") in ("bf16", "fp32")
     with pytest.raises(UserError, match="precision: auto, bf16 or fp32, got 'half'"):
         choose_precision("half")
+
+
+def test_a_chat_template_that_leaves_the_messages_out_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    template = tokenizer.chat_template
+    assert "in messages" in template
+    tokenizer.chat_template = template.replace("in messages", "in essages")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="chat template makes nothing of a prompt"):
+        load_tokenizer(tmp_path)
