@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.dashboard.runs import CHAIN
 from pipeline.dashboard.views import Views
+from pipeline.manifest import CHAIN
 from pipeline.storage import sealed, write_json
 
 ROWS = 100_000

@@ -18,6 +18,12 @@ from pipeline.shapes import (
 from pipeline.storage import read_json, sealed
 
 MANIFEST = "manifest.json"
+CHAIN = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report")
+"""Stages of every run, each a folder with a manifest, in an order that puts parents first."""
+OPTIONAL = ("reward_guard",)
+"""Stages that a run may do without."""
+STAGES = (*CHAIN[:5], *OPTIONAL, *CHAIN[5:])
+"""All stages, in such an order too."""
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 """Version 1 had no digest of the manifest itself."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TRACKERS, StageConfig
 from pipeline.errors import UserError
+from pipeline.points import LOGS
 from pipeline.shapes import each, holds, is_text, is_whole, mapping
 from pipeline.storage import read_json, write_json
 
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 
 UNTRACKED = ("data", "tokenizer", "report", "seeds")
 """Stages that learn and measure nothing: a tracker would only cost them seconds of start-up."""
-LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 RECORD = mapping({"id": holds(is_text), "key": holds(is_text), "sent": each(holds(is_whole))})
 """What is noted of a stage's tracked run."""
 
@@ -38,7 +38,7 @@ class Tracker:
         """Takes how many of the next rows of each log were sent before."""
         self._boards, self._left = boards, dict(sent or {})
 
-    def log(self, step: int, metrics: Mapping[str, float], *, name: str = LOGS[0]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], *, name: str = "metrics.jsonl") -> None:
         """Sends a row of a log."""
         if self._new(name, [metrics]):
             for board in self._boards:

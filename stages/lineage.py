@@ -35,24 +35,11 @@ from pipeline.lineage import (
     strangers,
     verify,
 )
-from pipeline.manifest import MANIFEST
+from pipeline.manifest import MANIFEST, OPTIONAL, STAGES
 from pipeline.origin import pinned
 from pipeline.reporting.chain import chain_text, some
 from pipeline.storage import plain, read_json
 
-STAGES = (
-    "data",
-    "tokenizer",
-    "pretrain",
-    "sft",
-    "reward",
-    "reward_guard",
-    "ppo",
-    "evaluate",
-    "report",
-)
-OPTIONAL = ("reward_guard",)
-"""Stages that a run may do without."""
 HARMLESS = re.compile(r"[\w .,:=+/\[\]-]+")
 """Words that may be pasted into a shell: a manifest is not trusted to hold no others."""
 

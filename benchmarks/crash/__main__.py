@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.crash import session
-from benchmarks.crash.chain import NAME, STAGES, Chain, needed, steps_per_pass
+from benchmarks.crash.chain import NAME, Chain, needed, steps_per_pass
 from benchmarks.crash.compare import read_rows
 from benchmarks.crash.moments import Life, Trial, trials
 from benchmarks.crash.table import lines, record
 from benchmarks.crash.trial import Outcome, conduct
+from pipeline.manifest import STAGES
 
 RESULTS = Path(__file__).parents[1] / "results" / "crash.json"
 WORK = Path("runs/crash")

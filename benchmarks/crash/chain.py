@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = (
-    "data", "tokenizer", "pretrain", "sft", "reward", "reward_guard", "ppo", "evaluate", "report",
-)  # fmt: skip
-"""All stages in an order in which every one comes after its parents."""
+from pipeline.manifest import STAGES
+
 TRAINING = "--training.steps=24 --training.log_every=2 --training.eval_every=6 --saving.every=3"
 ARGUMENTS = {
     "data": "--chats.synthetic_conversations=40",

@@ -13,16 +13,13 @@ from typing import Any
 from pipeline.dashboard.logs import is_finite, newest_rows
 from pipeline.errors import UserError
 from pipeline.lock import Holder, holder_of
-from pipeline.manifest import MANIFEST, read_manifest
-from pipeline.points import step_of
+from pipeline.manifest import CHAIN, MANIFEST, STAGES, read_manifest
+from pipeline.points import LOGS, step_of
 from pipeline.shapes import is_amount
 from pipeline.storage import CHECKPOINTS
 
-CHAIN = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report")
-"""Stages of every run, in their order."""
-STAGES = (*CHAIN[:5], "reward_guard", *CHAIN[5:], "seeds")
-"""Those, and the ones that only some runs have."""
-LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+SHOWN = (*STAGES, "seeds")
+"""Folders of a run that are shown, in their order."""
 DEEPEST = 3
 """Folders between the root and a run, as in RUN=runs/sweep/a."""
 UNSEEN_SECONDS = 600.0
@@ -77,7 +74,7 @@ class Runs:
         there = _folders(folder, self.root.resolve())
         return [
             self._stage(folder, name, there.get(name))
-            for name in STAGES
+            for name in SHOWN
             if name in there or (name in CHAIN and "seeds" not in there)
         ]
 
@@ -165,7 +162,7 @@ def _amount(row: Mapping[str, Any], name: str) -> float:
 def _runs_below(folder: Path, root: Path, *, depth: int) -> Iterator[Path]:
     """Yields the folders that hold a stage's folder or lock, without looking into them further."""
     there = _folders(folder, root)
-    if folder != root and any(name in there or _has_lock(folder, name) for name in STAGES):
+    if folder != root and any(name in there or _has_lock(folder, name) for name in SHOWN):
         yield folder
     elif depth:
         for inner in there.values():

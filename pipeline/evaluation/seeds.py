@@ -10,9 +10,8 @@ from pipeline.evaluation.markdown import table
 from pipeline.evaluation.records import read_records
 from pipeline.evaluation.statistics import CONFIDENCE, Estimate, mean, outcomes, resample
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS, Ranges, Target, with_ranges
-from pipeline.manifest import read_manifest
+from pipeline.manifest import CHAIN, read_manifest
 
-STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report")
 INTERVAL = "95% interval of the mean by Student's t over seeds"
 BOOTSTRAP_SAMPLES = 2000
 
@@ -50,7 +49,7 @@ def run_figures(folder: Path, *, summary: Mapping[str, float]) -> dict[str, floa
         folder: the run.
         summary: headline figures of its `evaluate`.
     """
-    about = [read_manifest(folder / stage)["circumstances"] for stage in STAGES]
+    about = [read_manifest(folder / stage)["circumstances"] for stage in CHAIN]
     return dict(summary) | {
         "minutes": sum(one["wall_seconds"] for one in about) / 60,
         "peak_memory_gib": max(one["peak_memory_gib"] for one in about),
