@@ -23,6 +23,7 @@ from pipeline.config import require
 from pipeline.distributed import setup, world_size
 from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
+from pipeline.ppo.engine_settings import Engine, check_engine
 from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
 from pipeline.ppo.settings import (
@@ -84,6 +85,8 @@ class Config(TrainingConfig):
     """What a response is held against."""
     optimisation: Optimisation = field(default_factory=Optimisation)
     """Losses and steps of one update."""
+    engine: Engine = field(default_factory=Engine)
+    """What samples the responses."""
     roles: str = "separate"
     """separate: four models; trunk: the critic is a head on the policy's last hidden state; lora:
     all roles are adapters on the frozen SFT model."""
@@ -133,6 +136,7 @@ class Config(TrainingConfig):
             advantage=self.advantage,
             optimisation=self.optimisation,
         )
+        check_engine(self.engine, lora=self.lora)
         warmup = self.optimisation.critic_warmup
         require(
             warmup < self.updates,
@@ -159,6 +163,10 @@ class Config(TrainingConfig):
             normalise=self.reward.normalise,
             longest=self.longest,
         )
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what is made: not where an engine lies."""
+        return {**super().content(), "engine": self.engine.content()}
 
     def outside(self, stage: str) -> dict[str, Path]:  # noqa: ARG002 - its names hold none
         """The sources of its reward that are no stages of the run."""
@@ -193,6 +201,8 @@ class Config(TrainingConfig):
             reward=self.reward,
             advantage=self.advantage,
             optimisation=self.optimisation,
+            engine=self.engine,
+            longest=self.longest,
         )
 
 
@@ -345,8 +355,11 @@ def run(config: Config) -> None:
     Raises:
         UserError: a parent does not fit, a size does not divide, or a run-time check failed.
     """
+    from pipeline.ppo.vllm_engines import check_engine_is_there
+
     accelerator = setup(config)
     parents = open_parents(config)
+    check_engine_is_there(config.engine)
     with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
         trainer, validation, counts = build_trainer(config, parents, accelerator=accelerator)
         train(config, stage, trainer, validation)

@@ -13,7 +13,7 @@ SOURCES = sorted([*Path("pipeline").rglob("*.py"), *Path("stages").glob("*.py")]
 TESTS = sorted(Path("tests").rglob("*.py"))
 STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report"]
 STAGES += ["reward_guard"]
-FORMULAS = ["advantages", "losses", "kl", "rewards"]
+FORMULAS = ["advantages", "losses", "kl", "rewards", "correction"]
 HEAVY = {"torch", "transformers", "trl", "datasets", "sklearn", "matplotlib", "accelerate", "wandb"}
 
 

@@ -19,6 +19,10 @@ are d = 0.014 and 0.3, over ten times what rounding does to log-probabilities in
 and three times what it does in bf16 (up to 0.1). The mean ratio could not tell: its expectation is
 1 for any two policies."""
 
+ENGINE_GAP = 0.5
+"""Mean distance of an engine's log-probabilities from the policy's, in nats, that rounding does not
+explain: it has other weights, or processes its logits otherwise."""
+
 NAMED_ROWS = 8
 """Rows that a message names."""
 
@@ -27,8 +31,8 @@ def check_experience(experience: Experience, *, update: int, precision: str) -> 
     """Checks a rollout before it is used.
 
     Raises:
-        UserError: an empty response, a score that is not finite, or a policy that differs from the
-            reference before any training.
+        UserError: an empty response, a score that is not finite, an engine that is not the policy,
+            or a policy that differs from the reference before any training.
     """
     empty = [row for row, response in enumerate(experience.responses) if not response]
     if empty:
@@ -37,6 +41,14 @@ def check_experience(experience: Experience, *, update: int, precision: str) -> 
     if not bool(finite.all()):
         rows = (~finite).nonzero()[:NAMED_ROWS, 0].tolist()
         raise UserError(f"update {update}: the reward model's score is not finite in rows {rows}")
+    if experience.engine_logprobs is not None:
+        apart = (experience.logprobs - experience.engine_logprobs).abs()
+        gap = float(token_mean(apart, experience.mask))
+        if not gap <= ENGINE_GAP:
+            raise UserError(
+                f"update {update}: the engine and the policy differ by {gap:.2g} nats a token: it "
+                "has other weights, or changes what it samples from (docs/engines.md)"
+            )
     kl = float(token_mean(experience.kl.abs(), experience.mask))
     if update == 0 and kl > KL_TOLERANCE[precision]:
         raise UserError(

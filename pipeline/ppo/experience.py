@@ -74,6 +74,8 @@ class Experience:
         scores: the normalised score of each response.
         ended: True where the response holds its EOS.
         parts: the scores by each of several sources, by name.
+        engine_logprobs: log-probability of each token by the engine that sampled it, 0 outside the
+            mask; None where that was the policy itself.
     """
 
     prompts: list[list[int]]
@@ -86,6 +88,7 @@ class Experience:
     scores: Float[Tensor, "batch"]
     ended: Bool[Tensor, "batch"]
     parts: Mapping[str, Float[Tensor, "batch"]] = field(default_factory=dict)
+    engine_logprobs: Float[Tensor, "batch time"] | None = None
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -212,7 +215,7 @@ def assemble(
     mask = length_mask(responses)
     tokens = {
         name: pad_tokens(torch.cat(measured[name]), mask)
-        for name in ("logprobs", "ref_logprobs", "values", "entropy")
+        for name in ("logprobs", "ref_logprobs", "values", "entropy", "engine_logprobs")
         if name in measured
     }
     tokens.setdefault("values", torch.zeros_like(tokens["logprobs"]))

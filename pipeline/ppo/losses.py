@@ -106,6 +106,7 @@ def kl_loss(
     *,
     estimator: str,
     num_tokens: int,
+    weights: Float[Tensor, "batch time"] | None = None,
 ) -> Loss:
     """Returns rho k2 or rho k3, summed over tokens and divided by num_tokens.
 
@@ -121,9 +122,12 @@ def kl_loss(
         mask: True on response tokens.
         estimator: k2 or k3.
         num_tokens: valid tokens of the whole minibatch, over all ranks.
+        weights: of samples that are not the policy's own; None for 1.
     """
     new, old, reference = logprobs[mask], old_logprobs[mask], ref_logprobs[mask]
     weight = (new - old).detach().exp()
+    if weights is not None:
+        weight = weight * weights[mask]
     terms = k2(new, reference) if estimator == "k2" else k3(new, reference)
     return Loss((weight * terms).sum() / num_tokens, {})
 

@@ -35,12 +35,15 @@ class Lesson:
         advantages: one per token, 0 outside the mask.
         returns: targets of the value model, 0 outside the mask; None when there is no such model.
         kl_coef: beta, where the penalty stands in the loss.
+        weights: of each token, where an engine sampled that is not quite the policy
+            (`pipeline.ppo.correction`); None for 1.
     """
 
     experience: Experience
     advantages: Float[Tensor, "batch time"]
     returns: Float[Tensor, "batch time"] | None
     kl_coef: float
+    weights: Float[Tensor, "batch time"] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Microbatch:
     values: Float[Tensor, "batch time"]
     returns: Float[Tensor, "batch time"] | None
     kl_coef: float
+    weights: Float[Tensor, "batch time"] | None
 
     @property
     def is_packed(self) -> bool:
@@ -84,6 +88,7 @@ class Microbatch:
             values=rows_of(experience.values),
             returns=None if lesson.returns is None else rows_of(lesson.returns),
             kl_coef=lesson.kl_coef,
+            weights=None if lesson.weights is None else rows_of(lesson.weights),
         )
 
 
@@ -230,12 +235,14 @@ class Worker:
     ) -> dict[str, Loss]:
         rates, estimator = self.settings.optimisation, self.settings.kl.in_loss
         logprobs, entropy = self._figures(states, micro)
-        chosen = pad_tokens(logprobs, micro.mask)
+        chosen, advantages = pad_tokens(logprobs, micro.mask), micro.advantages
+        if micro.weights is not None:  # the loss is proportional to a token's advantage
+            advantages = advantages * micro.weights
         losses = {
             "policy": policy_loss(
                 chosen,
                 micro.logprobs,
-                micro.advantages,
+                advantages,
                 micro.mask,
                 clip=rates.clip,
                 clip_high=rates.clip_high,
@@ -251,6 +258,7 @@ class Worker:
                 micro.mask,
                 estimator=estimator,
                 num_tokens=num_tokens,
+                weights=micro.weights,
             )
         if entropy is not None:
             entropy = pad_tokens(entropy, micro.mask)

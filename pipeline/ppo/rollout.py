@@ -16,6 +16,8 @@ from pipeline.ppo.cache import make_room
 from pipeline.sequences import wide
 from pipeline.sizes import ROWS, rounded
 
+ENGINE_LOGPROBS = "engine_logprobs"
+"""Name of what another engine than the policy says of the tokens that it drew."""
 COMPACT_AT = 0.75
 """Finished rows leave the batch once no more than this share of it is still being generated."""
 

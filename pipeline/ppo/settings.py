@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import require
 from pipeline.lora import LoRA
+from pipeline.ppo.engine_settings import Engine
 
 COMBINATIONS = ("sum", "mean", "min", "mean_minus_std")
 REWARD_STAGES = ("reward", "reward_guard")
@@ -299,6 +300,8 @@ class Settings:
     reward: Reward
     advantage: Advantage
     optimisation: Optimisation
+    engine: Engine = field(default_factory=Engine)
+    longest: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

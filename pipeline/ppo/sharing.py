@@ -241,6 +241,26 @@ class AdaptedScorer:
         model.save_pretrained(folder)
 
 
+@torch.no_grad()
+def whole_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights of a plain model that equals the policy, by their names there.
+
+    An adapter is added to its base in new tensors: the base stays what it is to the last bit.
+    """
+    if not isinstance(policy, AdaptedPolicy):
+        yield from policy.named_parameters()
+        return
+    model = policy.base.model
+    adapted = {k: m for k, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name, parameter in model.named_parameters():
+        layer, _, rest = name.rpartition(".base_layer.")
+        if layer in adapted and rest == "weight":
+            delta = adapted[layer].get_delta_weight(policy.adapter)
+            yield f"{layer}.weight", parameter + delta
+        elif "lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter
+
+
 def share_base(
     sft: Path, reward: Path, *, lora: LoRA, seed: int, device: Any, critic: bool
 ) -> Roles:

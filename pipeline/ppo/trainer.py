@@ -21,6 +21,7 @@ from pipeline import distributed
 from pipeline.errors import UserError
 from pipeline.ppo.advantages import RunningBaseline, gae, grpo, reinforce, rloo, whiten
 from pipeline.ppo.checks import check_experience
+from pipeline.ppo.engines import RolloutEngine, corrected, open_engine
 from pipeline.ppo.experience import Experience, Roles, assemble, measure, move_reference
 from pipeline.ppo.kl import AdaptiveController, Controller, FixedController, compensated
 from pipeline.ppo.losses import text_loss
@@ -29,7 +30,7 @@ from pipeline.ppo.optimiser import Optimiser
 from pipeline.ppo.order import interleave, rows_in_turn
 from pipeline.ppo.passes import Lesson, precision_context
 from pipeline.ppo.rewards import final_scores, token_rewards
-from pipeline.ppo.rollout import Sampled, generate, uniforms
+from pipeline.ppo.rollout import ENGINE_LOGPROBS, Sampled, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
 from pipeline.restricted import restricted
@@ -82,6 +83,10 @@ class PPOTrainer:
         self.rewards = rewards
         self.kl = build_controller(settings.kl)
         self.baseline = RunningBaseline(settings.advantage.baseline_decay)
+        self.engine: RolloutEngine = open_engine(
+            roles.policy, settings=settings, accelerator=accelerator, eos_id=eos_id, pad_id=pad_id
+        )
+        self.synchronised = False
         self.optimiser = Optimiser(
             roles, settings=settings, accelerator=accelerator, pad_id=pad_id, text=text
         )
@@ -115,15 +120,17 @@ class PPOTrainer:
         rewards = token_rewards(scores, penalised, mask, kl_coef=kl_coef)
         if settings.reward.whiten:
             rewards = whiten(rewards, mask, shift_mean=False)
-        lesson = self.estimate(experience, rewards)
+        lesson, engine = corrected(self.estimate(experience, rewards), settings.engine)
         with _clock(timings, "optimise"):
             losses = self.optimiser.run(number, lesson)
+        self.synchronised = False
 
         metrics = {
             **objective(
                 experience, scores, penalised, kl_coef=self.kl.coef, clip=settings.reward.clip
             ),
             **losses,
+            **engine,
         }
         if lesson.returns is not None:
             metrics["value/explained_variance"] = explained_variance(
@@ -184,16 +191,10 @@ class PPOTrainer:
             rows=mine,
             positions=self.settings.max_response_tokens,
         )
-        with precision_context(self.settings.precision, self.roles.policy.device):
-            sampled = generate(
-                self.roles.policy,
-                [prompts[row] for row in mine],
-                uniforms=numbers,
-                temperature=self.settings.temperature,
-                eos_id=self.eos_id,
-                pad_id=self.pad_id,
-                workers=self.settings.workers,
-            )
+        if not self.synchronised:  # at the start, after a resume and after every update
+            self.engine.synchronise()
+            self.synchronised = True
+        sampled = self.engine.sample([prompts[row] for row in mine], uniforms=numbers)
         parts = distributed.gather_objects(sampled)
         return Sampled(
             interleave([part.responses for part in parts]),
@@ -208,7 +209,9 @@ class PPOTrainer:
         """
         responses = sampled.responses
         keeps = self.settings.precision == "fp32" and not self.roles.one_trunk
-        known = sampled.figures if keeps else {}
+        own = {name: of for name, of in sampled.figures.items() if name != ENGINE_LOGPROBS}
+        engine = {name: of for name, of in sampled.figures.items() if name == ENGINE_LOGPROBS}
+        known = own if keeps else {}
         share = slice(distributed.rank(), None, distributed.world_size())
         with precision_context(self.settings.precision, self.roles.policy.device):
             measured = measure(
@@ -227,7 +230,7 @@ class PPOTrainer:
         return assemble(
             prompts,
             responses,
-            together,
+            {**together, **engine},
             scores=self.rewards.together(parts),
             parts=parts,
             eos_id=self.eos_id,
@@ -267,6 +270,7 @@ class PPOTrainer:
         self.optimiser.load_state(state)
         self.kl.coef = state["kl"]["coef"]
         self.baseline.value = state["baseline"]
+        self.synchronised = False
 
     @property
     def moved_bytes(self) -> int:
