@@ -3,6 +3,7 @@
 Written against vLLM 0.31.0, the newest that TRL 1.16 takes, and its source; docs/engines.md.
 """
 
+import contextlib
 import json
 import math
 import urllib.error
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.config import require
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, told
 from pipeline.ppo.engine_settings import Engine
 from pipeline.ppo.rollout import ENGINE_LOGPROBS, Sampled
 from pipeline.ppo.settings import Settings
@@ -48,12 +49,23 @@ def check_engine_is_there(engine: Engine) -> None:
         )
 
 
-def as_sampled(responses: list[list[int]], logprobs: list[list[float | None]]) -> Sampled:
-    """Returns what an engine sampled; a log-probability that it could not tell becomes NaN."""
-    told = [
+def as_sampled(
+    responses: list[list[int]], logprobs: list[list[float | None]], *, num_prompts: int
+) -> Sampled:
+    """Returns what an engine sampled; a log-probability that it could not tell becomes NaN.
+
+    Raises:
+        UserError: it is not one response per prompt, with a number for every token.
+    """
+    require(
+        len(responses) == num_prompts and [*map(len, responses)] == [*map(len, logprobs)],
+        f"engine: {num_prompts} prompts got {len(responses)} responses, or tokens without a "
+        "log-probability",
+    )
+    numbers = [
         torch.tensor([math.nan if value is None else value for value in row]) for row in logprobs
     ]
-    return Sampled(responses, {ENGINE_LOGPROBS: told})
+    return Sampled(responses, {ENGINE_LOGPROBS: numbers})
 
 
 class Server:
@@ -84,7 +96,12 @@ class Server:
                 f"engine.server_url: {self.url} does not answer ({first_line(error)}); "
                 "docs/engines.md says how the server is started"
             ) from error
-        return json.loads(text) if text else None
+        with self.understood():
+            return json.loads(text) if text else None
+
+    def understood(self) -> contextlib.AbstractContextManager[None]:
+        """Turns what an answer of another form leads to into one line."""
+        return told(f"engine.server_url: {self.url} does not answer as vLLM 0.31 does")
 
 
 class ServerEngine:
@@ -97,17 +114,19 @@ class ServerEngine:
     def __init__(self, policy: Any, settings: Settings, *, eos_id: int) -> None:
         self.policy, self.settings, self.eos_id = policy, settings, eos_id
         self.server = Server(settings.engine)
-        self.model = self.server.ask("/v1/models")["data"][0]["id"]
-        info = self.server.ask("/server_info?config_format=json")["vllm_config"]["model_config"]
+        with self.server.understood():
+            self.model = self.server.ask("/v1/models")["data"][0]["id"]
+            config = self.server.ask("/server_info?config_format=json")["vllm_config"]
+            mode, longest = (config["model_config"][k] for k in ("logprobs_mode", "max_model_len"))
         require(
-            info["logprobs_mode"] == PROCESSED,
-            f"engine: the server's log-probabilities are {info['logprobs_mode']}; start it with "
+            mode == PROCESSED,
+            f"engine: the server's log-probabilities are {mode}; start it with "
             f"--logprobs-mode {PROCESSED}",
         )
         require(
-            info["max_model_len"] >= settings.longest,
-            f"engine: the server reads {info['max_model_len']} tokens, and prompt and response may "
-            f"have {settings.longest}; start it with --max-model-len {settings.longest}",
+            longest >= settings.longest,
+            f"engine: the server reads {longest} tokens, and prompt and response may have "
+            f"{settings.longest}; start it with --max-model-len {settings.longest}",
         )
 
     def synchronise(self) -> None:
@@ -117,8 +136,9 @@ class ServerEngine:
             write_weights(self.policy, folder, precision=self.settings.precision)
             load = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             self.server.ask("/collective_rpc", load)
-            answer = self.server.ask("/reset_prefix_cache", {})
-            require(answer["success"], "engine: the server is busy with requests of others")
+            with self.server.understood():
+                idle = self.server.ask("/reset_prefix_cache", {})["success"]
+            require(idle, "engine: the server is busy with requests of others")
         distributed.barrier()
 
     def sample(
@@ -140,12 +160,12 @@ class ServerEngine:
             "logprobs": 0,
             "return_token_ids": True,
         }
-        choices = self.server.ask("/v1/completions", body)["choices"]
-        choices = sorted(choices, key=lambda choice: choice["index"])
-        return as_sampled(
-            [choice["token_ids"] for choice in choices],
-            [choice["logprobs"]["token_logprobs"] for choice in choices],
-        )
+        with self.server.understood():
+            choices = self.server.ask("/v1/completions", body)["choices"]
+            choices = sorted(choices, key=lambda choice: choice["index"])
+            responses = [choice["token_ids"] for choice in choices]
+            logprobs = [choice["logprobs"]["token_logprobs"] for choice in choices]
+            return as_sampled(responses, logprobs, num_prompts=len(prompts))
 
 
 def write_weights(policy: Any, folder: Path, *, precision: str) -> None:
@@ -209,4 +229,5 @@ class ColocatedEngine:
         return as_sampled(
             [list(response) for response in responses],
             [[at_token[0] for at_token in row] for row in logprobs],
+            num_prompts=len(prompts),
         )

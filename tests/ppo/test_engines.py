@@ -211,6 +211,29 @@ def test_what_a_server_lacks_is_said_in_one_line(server, tmp_path):
         ppo.update(0)
 
 
+def test_an_answer_of_another_form_is_one_line(server, tmp_path, monkeypatch):
+    ppo, own = served(server, tmp_path), server.complete
+    for broken, message in (
+        ({"choices": [{"index": 0}]}, "does not answer as vLLM 0.31 does .KeyError: 'token_ids'"),
+        ([], "does not answer as vLLM 0.31 does"),
+        ({"choices": own_choices(ppo, own)[:1]}, "4 prompts got 1 responses"),
+        ({"choices": without_logprobs(own_choices(ppo, own))}, "or tokens without a log-probab"),
+    ):
+        monkeypatch.setattr(server, "complete", lambda body, broken=broken: (200, broken))
+        with pytest.raises(UserError, match=message):
+            ppo.update(0)
+
+
+def own_choices(ppo, complete) -> list[dict]:
+    body = {"model": "tiny", "logprobs": 0, "return_token_ids": True, "temperature": 1.0}
+    body |= {"prompt": ppo.prompts[:4], "max_tokens": 8, "stop_token_ids": [EOS]}
+    return complete(body)[1]["choices"]
+
+
+def without_logprobs(choices: list[dict]) -> list[dict]:
+    return [{**choice, "logprobs": {"token_logprobs": []}} for choice in choices]
+
+
 def test_a_server_that_is_not_there(server):
     engine = Engine(name="vllm_server", server_url=server.url, weights_dir="w")
     check_engine_is_there(engine)
