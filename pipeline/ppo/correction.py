@@ -5,8 +5,6 @@ samples from a q that is not quite the policy pi. Left alone, that makes every u
 (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
 """
 
-import math
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -36,7 +34,7 @@ def truncated_weights(
     ratio = _log_ratio(logprobs, engine_logprobs, mask)
     if level == "sequence":
         ratio = ratio.sum(dim=1, keepdim=True).expand_as(ratio)
-    return torch.where(mask, ratio.clamp(max=math.log(cap)).exp(), 0.0)
+    return torch.where(mask, ratio.exp().clamp(max=cap), 0.0)
 
 
 def mismatch(

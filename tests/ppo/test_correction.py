@@ -122,6 +122,7 @@ def test_the_cap_by_hand():
     by_token = truncated_weights(ours, theirs, mask, cap=2.5, level="token")
     by_row = truncated_weights(ours, theirs, mask, cap=2.5, level="sequence")
     assert_close(by_token, torch.tensor([[2.5, 0.5], [2.5, 0.0]]))
+    assert float(by_token[0, 0]) == 2.5  # which counts as capped
     assert_close(by_row, torch.tensor([[2.0, 2.0], [2.5, 0.0]]))
     far = truncated_weights(
         torch.tensor([[1e4]]), torch.zeros(1, 1), mask[:1, :1], cap=2.0, level="token"
