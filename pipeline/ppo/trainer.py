@@ -205,13 +205,13 @@ class PPOTrainer:
         """Returns the rows with log-probabilities, values and scores of all roles.
 
         In fp32 the policy's own are those of sampling; in bf16 a pass over whole rows rounds
-        otherwise than steps through a cache do, and one trunk is read for the values anyway.
+        otherwise than steps through a cache do, and one trunk is read for the values anyway. Of an
+        engine that is not the policy they are never taken, but kept beside the policy's.
         """
         responses = sampled.responses
-        keeps = self.settings.precision == "fp32" and not self.roles.one_trunk
-        own = {name: of for name, of in sampled.figures.items() if name != ENGINE_LOGPROBS}
-        engine = {name: of for name, of in sampled.figures.items() if name == ENGINE_LOGPROBS}
-        known = own if keeps else {}
+        by_engine = ENGINE_LOGPROBS in sampled.figures
+        keeps = self.settings.precision == "fp32" and not self.roles.one_trunk and not by_engine
+        known = sampled.figures if keeps else {}
         share = slice(distributed.rank(), None, distributed.world_size())
         with precision_context(self.settings.precision, self.roles.policy.device):
             measured = measure(
@@ -230,7 +230,7 @@ class PPOTrainer:
         return assemble(
             prompts,
             responses,
-            {**together, **engine},
+            {**together, **(sampled.figures if by_engine else {})},
             scores=self.rewards.together(parts),
             parts=parts,
             eos_id=self.eos_id,
