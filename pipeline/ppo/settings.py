@@ -300,6 +300,11 @@ class Settings:
     advantage: Advantage
     optimisation: Optimisation
 
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps of an update that ends by itself."""
+        return self.optimisation.epochs * (self.prompts_per_update // self.minibatch_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
