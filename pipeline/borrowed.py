@@ -6,23 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import UserError, told
 from pipeline.origin import load_origin_tokenizer, locate
+from pipeline.templates import CHATML, Template
 from pipeline.tokenizer import PAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-CHATML = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] | trim + '<|im_end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] | trim + '<|im_end|>' -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
-"""`<|im_start|>role\\ncontent<|im_end|>\\n` for each message; the reply is marked."""
 
 _SYSTEM = {"role": "system", "content": "Be brief."}
 _USER = {"role": "user", "content": "Who is there?"}
@@ -37,7 +25,7 @@ PROBES = (
 RARE = "".join(map(chr, (*range(0x21, 0x250), 0x416, 0x5D0, 0x4E2D, 0x1F600)))
 """Characters of which a tokenizer that has unknown texts does not know all."""
 
-NAMED_PAD = re.compile(r"(<|<\||\[)pad(>|\|>|\])", re.IGNORECASE)
+NAMED_PAD = re.compile(r"(<|<\||\[)(pad|padding|finetune_right_pad_id)(>|\|>|\])", re.IGNORECASE)
 """A token that says it is a pad; the word pad is one that texts need."""
 
 
@@ -48,29 +36,34 @@ class Borrowed(NamedTuple):
     mended: tuple[str, ...]
 
 
-def borrow_tokenizer(init_from: str, *, drop_default_system: bool = False) -> Borrowed:
+def borrow_tokenizer(
+    init_from: str, *, drop_default_system: bool = False, given: Template | None = None
+) -> Borrowed:
     """Returns the tokenizer of a model, with a PAD of its own and a template that marks replies.
 
     Args:
         init_from: where the model lies; see `pipeline.origin.locate`.
         drop_default_system: leave out the system message that a ChatML template inserts where a
             conversation has none.
+        given: the template that takes the place of the model's; None keeps that.
 
     Raises:
         UserError: there is no tokenizer, no chat template, no EOS, or a template that is not
             understood and either does not mark what the assistant writes or is to be changed.
     """
     tokenizer = load_origin_tokenizer(locate(init_from))
+    mended = [] if given is None else _give(tokenizer, given)
+    own = f"init_from: the chat template of {init_from}"
+    where = f"chat_template: {given.name}" if given else own
     if not tokenizer.chat_template:
         raise UserError(
-            f"init_from: the tokenizer of {init_from} has no chat template; "
-            "take an instruction-tuned model's, or train one with init_from empty"
+            f"init_from: the tokenizer of {init_from} has no chat template; set chat_template: "
+            "plain, for a prompt that the model goes on with, is one"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"init_from: the tokenizer of {init_from} has no EOS token")
-    mended = []
-    with told(f"init_from: the chat template of {init_from} fails"):
-        template = _training_template(tokenizer, init_from, drop_default_system=drop_default_system)
+    with told(f"{where} fails"):
+        template = _training_template(tokenizer, where, drop_default_system=drop_default_system)
     if template != tokenizer.chat_template:
         tokenizer.chat_template = template
         mended.append("the chat template marks what the assistant writes")
@@ -83,7 +76,23 @@ def borrow_tokenizer(init_from: str, *, drop_default_system: bool = False) -> Bo
     return Borrowed(tokenizer, tuple(mended))
 
 
-def _training_template(tokenizer: "Tokenizer", origin: str, *, drop_default_system: bool) -> str:
+def _give(tokenizer: "Tokenizer", given: Template) -> list[str]:
+    """Puts a template in the place of the tokenizer's own, and returns what that changed."""
+    mended = [f"the chat template is {given.name}"]
+    missing = [token for token in given.markers if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+        mended.append(f"{', '.join(missing)} are new tokens")
+    if given.end and given.end != tokenizer.eos_token:
+        mended.append(f"EOS is {given.end}; it was {tokenizer.eos_token or 'missing'}")
+        tokenizer.eos_token = given.end
+    first = tokenizer("")["input_ids"][:1]
+    begins = given.built_in and first and first[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = "{{- bos_token -}}\n" * bool(begins) + given.text
+    return mended
+
+
+def _training_template(tokenizer: "Tokenizer", where: str, *, drop_default_system: bool) -> str:
     """Returns the template with generation markers: its own, TRL's patch of it, or our ChatML."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -98,14 +107,14 @@ def _training_template(tokenizer: "Tokenizer", origin: str, *, drop_default_syst
     system = default_system(tokenizer)
     if system is None and drop_default_system:
         raise UserError(
-            f"drop_default_system: the chat template of {origin} is not plain ChatML, so what it "
+            "drop_default_system: the model's chat template is not plain ChatML, so what it "
             "inserts cannot be told apart; set it to false"
         )
     if system is None:
         raise UserError(
-            f"init_from: the chat template of {origin} does not mark the assistant's tokens with "
-            "generation markers, TRL knows no version that does, and it is not plain ChatML; "
-            "add them to the template"
+            f"{where} does not mark the assistant's tokens with generation markers, TRL knows no "
+            "version that does, and it is not plain ChatML; add them to the template, or set "
+            "chat_template to another"
         )
     return chatml("" if drop_default_system else system)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.tables import stage_rows
 from pipeline.errors import UserError
-from pipeline.tokenizer import encode_conversation, rendering, tokens_of
+from pipeline.tokenizer import encode_conversation, rendering, reply_text, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ def _encode_pairs(
     """Encodes many pairs at once: the same tokens as encode_prompt and encode_response."""
     if not pairs:
         return []
-    replies = [_text(pair["completion"]) for pair in pairs]
+    replies = [reply_text(tokenizer, _text(pair["completion"])) for pair in pairs]
     with rendering(tokenizer):
         prompts = tokenizer.apply_chat_template(
             [_messages(pair["prompt"]) for pair in pairs],
@@ -105,7 +105,7 @@ def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _text(completion: Any) -> str:  # a text, a message, or a list of one message
     message = completion[0] if isinstance(completion, list) else completion
-    return (message if isinstance(message, str) else message["content"]).strip()
+    return message if isinstance(message, str) else message["content"]
 
 
 def collate(rows: Sequence[Mapping[str, list[int]]], *, pad_id: int) -> dict[str, "Tensor"]:

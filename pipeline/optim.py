@@ -137,6 +137,7 @@ def build_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimiz
     settings: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": (training.beta1, training.beta2),
+        "eps": training.epsilon,
     }
     if training.optimizer == "adamw":
         return torch.optim.AdamW(

@@ -1,6 +1,7 @@
 """The tokenizer: byte-level BPE training, the chat template, the one text path of all stages."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,28 @@ def encode_response(tokenizer: "Tokenizer", response: str | Sequence[dict[str, s
         response: a text, or the assistant's message in a list of one.
     """
     text = response if isinstance(response, str) else response[0]["content"]
-    return [*tokens_of(tokenizer, [text.strip()])[0], tokenizer.eos_token_id]
+    return [*tokens_of(tokenizer, [reply_text(tokenizer, text)])[0], tokenizer.eos_token_id]
+
+
+def reply_text(tokenizer: "Tokenizer", text: str) -> str:
+    """Returns a reply as it follows its prompt: after the white space that the template has there.
+
+    A template without tokens between the two, as in "TL;DR: a summary", needs the space: the words
+    of a text are other tokens without it.
+    """
+    return _space_before(tokenizer, tokenizer.chat_template) + text.strip()
+
+
+@functools.lru_cache(maxsize=8)
+def _space_before(tokenizer: "Tokenizer", template: str | None) -> str:
+    if not template:
+        return ""
+    prompt, reply = messages_of("a"), {"role": "assistant", "content": "b"}
+    before = render_prompt(tokenizer, prompt)
+    with rendering(tokenizer):
+        whole = str(tokenizer.apply_chat_template([*prompt, reply], tokenize=False))
+    space = whole[len(before) :].partition("b")[0]
+    return space if whole.startswith(before) and space.isspace() else ""
 
 
 def tokens_of(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:

@@ -52,6 +52,8 @@ class Training:
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
     """AdamW's decay of the mean squared gradient."""
+    epsilon: float = 1.0e-8
+    """AdamW's addend to the root of the mean squared gradient."""
     schedule: str = "linear"
     """After the warmup: constant, linear or cosine to zero, or stable (level, then to zero)."""
     warmup_steps: int = 0
@@ -74,7 +76,7 @@ class Training:
         for name in ("steps", "warmup_steps", "eval_every", "max_grad_norm"):
             value = getattr(self, name)
             require(value >= 0, f"training.{name}: must be at least 0, got {value}")
-        for name in ("epochs", "learning_rate", "muon_learning_rate"):
+        for name in ("epochs", "learning_rate", "muon_learning_rate", "epsilon"):
             value = getattr(self, name)
             require(value > 0, f"training.{name}: must be above 0, got {value}")
         for name in ("beta1", "beta2", "decay_frac"):

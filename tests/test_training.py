@@ -39,6 +39,7 @@ def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
         ({"minibatch_size": 0}, "training.minibatch_size: must be at least 1, got 0"),
         ({"steps": -1}, "training.steps: must be at least 0, got -1"),
         ({"learning_rate": 0.0}, "training.learning_rate: must be above 0, got 0.0"),
+        ({"epsilon": 0.0}, "training.epsilon: must be above 0, got 0.0"),
         ({"beta2": 1.0}, r"training.beta2: must be in \[0, 1\), got 1.0"),
         ({"optimizer": "sgd"}, "training.optimizer: must be one of adamw, muon, got 'sgd'"),
         ({"schedule": "step"}, "training.schedule: must be one of constant, linear"),

@@ -94,6 +94,12 @@ def test_template_without_eos_is_refused(folder, tmp_path):
         ({"vocabulary_size": 100}, "vocabulary_size: must be at least 261"),
         ({"rows": ()}, "rows: name at least one row type"),
         ({"drop_default_system": True}, "drop_default_system: only with init_from"),
+        ({"chat_template": "plain"}, "chat_template: only with init_from"),
+        ({"chat_template": "alpaca"}, "chat_template: must be one of chatml, llama3, plain or a"),
+        (
+            {"chat_template": "plain", "drop_default_system": True, "init_from": "x"},
+            "drop_default_system: is about the model's own template",
+        ),
     ],
 )
 def test_settings_out_of_range(folder, settings, message):
