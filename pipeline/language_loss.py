@@ -17,8 +17,11 @@ from transformers import PreTrainedModel, Trainer
 from pipeline.fitting import IGNORED
 from pipeline.sequences import wide
 
+CHUNK_LOGITS = 2**22
+"""Logits that exist at a time, 16 MB in float32: of 8,192 words those of 512 tokens. By 128 tokens
+it takes 1.4 times as long (docs/LOG.md, 2026-11-26)."""
 CHUNK_TOKENS = 128
-"""Tokens whose logits exist at a time. 64 to 512 take about the same time."""
+"""Tokens whose logits exist at a time at least, however many words there are."""
 RESHAPED_LOGITS = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier",
     "lm_head_multiplier",
@@ -59,8 +62,9 @@ class _TokenNLL(torch.autograd.Function):
             to_hidden = torch.empty_like(hidden)
             to_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
             total = head.new_zeros(())
-            for start in range(0, len(hidden), CHUNK_TOKENS):
-                part = slice(start, start + CHUNK_TOKENS)
+            size = max(CHUNK_TOKENS, CHUNK_LOGITS // len(head))
+            for start in range(0, len(hidden), size):
+                part = slice(start, start + size)
                 loss, slope = _chunk(hidden[part] @ table.T, targets[part], smoothing=smoothing)
                 total += loss
                 slope = slope.to(hidden.dtype)

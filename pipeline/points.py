@@ -29,9 +29,10 @@ from pipeline.storage import (
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Version 1 had no digests of itself and of the logs."""
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 1 had no digests of itself and of the logs; up to version 2 those of ppo were numbered by
+updates, since then all are numbered by optimizer steps."""
 POINT = "point.json"
 LOG = mapping({"size": holds(is_whole), "sha256": holds(is_text)})
 RECORD = mapping(
@@ -45,7 +46,7 @@ RECORD = mapping(
     }
 )
 """What is read of a point of any version."""
-LOGS_OF = {1: each(holds(is_whole)), 2: each(LOG)}
+LOGS_OF = {1: each(holds(is_whole)), 2: each(LOG), 3: each(LOG)}
 """What it says of the logs, by version."""
 LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
 REPRODUCIBLE = ("metrics.jsonl", "samples.jsonl")

@@ -40,12 +40,14 @@ class Pace:
 
     Attributes:
         asked_by: what asked the stage to stop; empty when nothing has.
+        longest: most seconds between two places to stop at.
     """
 
     def __init__(self, saving: Saving, *, stage: str) -> None:
         self.saving, self.stage = saving, stage
         self.asked_by = ""
-        self.saved_at = self.step_at = time.monotonic()
+        self.longest = 0.0
+        self.saved_at = self.asked_at = time.monotonic()
 
     def after(self, step: int) -> Due:
         """Returns what is due after a step: on every process what any of them was asked.
@@ -53,24 +55,26 @@ class Pace:
         Args:
             step: steps done.
         """
-        now = time.monotonic()
-        near = bool(self.saving.deadline) and self._ends_too_late(now - self.step_at)
-        if near and not self.asked_by:
-            self.asked_by = "the deadline is near"
+        stop, now = self.stops(), time.monotonic()
         waited = 0 < self.saving.minutes * 60 <= now - self.saved_at
-        asked = gather_objects((self.asked_by, waited))
-        stop = any(reason for reason, _ in asked)
-        self.asked_by = self.asked_by or next((reason for reason, _ in asked if reason), "")
         regular = self.saving.every > 0 and step % self.saving.every == 0
-        save = stop or regular or asked[0][1]
-        self.step_at = now
+        save = stop or regular or gather_objects(waited)[0]
         self.saved_at = now if save else self.saved_at
         return Due(save=save, stop=stop)
 
-    def _ends_too_late(self, step_seconds: float) -> bool:
-        """Returns whether another step like the last one would not leave the grace to save in."""
+    def stops(self) -> bool:
+        """Returns whether the stage is to stop here, between two steps.
+
+        On every process the same: what any of them was asked.
+        """
+        now = time.monotonic()
+        self.longest, self.asked_at = max(self.longest, now - self.asked_at), now
         left = self.saving.deadline - time.time()
-        return left < step_seconds + self.saving.grace_seconds
+        if self.saving.deadline and left < self.longest + self.saving.grace_seconds:
+            self.asked_by = self.asked_by or "the deadline is near"
+        asked = gather_objects(self.asked_by)
+        self.asked_by = self.asked_by or next(filter(None, asked), "")
+        return bool(self.asked_by)
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Notes who asked and starts the grace; on Ctrl-C again raises KeyboardInterrupt."""

@@ -290,21 +290,24 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
         metrics = validation.look(stage, update=update, judged=config.judges(update))
         stage.log(update, diagnoser.read(metrics, update=update))
 
-    done = point[0] if point else 0
     stage.total_steps = config.updates
     if point:
-        trainer.load(point[1])
+        trainer.load(point[1], step=point[0])
         logged = read_jsonl(stage.path / "metrics.jsonl")
         validation.recall(logged)
         diagnoser.recall(logged)
     else:
         look(0)
+    done = trainer.updates
     left = range(done, config.updates)
     with keep_pace(config.saving, stage="ppo") as pace:
         for number in progress(left, total=config.updates, description="ppo", initial=done):
             if validation.watch is not None and validation.watch.ends:
                 break
-            outcome = trainer.update(number)
+            outcome = trainer.update(number, goes_on=lambda: not pace.stops())
+            if outcome is None:
+                stage.save_point(trainer.steps, trainer.save)
+                stage.stop(trainer.steps, pace.asked_by)
             update = number + 1
             stage.log(update, diagnoser.read(outcome.metrics, update=update))
             stage.log_timings(update, outcome.timings)
@@ -314,9 +317,9 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
                 keep_rollout(stage.path, outcome, update=update, tokenizer=validation.tokenizer)
             due = pace.after(update)
             if due.save or update == config.updates:
-                stage.save_point(update, trainer.save)
+                stage.save_point(trainer.steps, trainer.save)
             if due.stop:
-                stage.stop(update, pace.asked_by)
+                stage.stop(trainer.steps, pace.asked_by)
 
 
 def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> None:

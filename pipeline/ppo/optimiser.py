@@ -1,6 +1,7 @@
 """The optimisation of one update: epochs over a rollout, one optimizer step a minibatch."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,12 +56,21 @@ class Optimiser:
             name: _adamw(model, self.rates[name]) for name, model in self.models.items()
         }
 
-    def run(self, number: int, lesson: Lesson) -> dict[str, float]:
-        """Returns mean metrics over the steps of one update.
+    def run(
+        self,
+        number: int,
+        lesson: Lesson,
+        *,
+        steps: list[dict[str, float]],
+        goes_on: Callable[[], bool],
+    ) -> dict[str, float] | None:
+        """Returns mean metrics over the steps of one update; None where it was told not to go on.
 
         Args:
             number: which update, from 0; learning rates and orders of rows follow from it.
             lesson: what is learned from.
+            steps: metrics of the steps that were taken already; those taken now are added.
+            goes_on: asked before every step, with the same answer on every process.
 
         Raises:
             UserError: a run-time check failed; no optimizer moved after the failure.
@@ -71,8 +81,10 @@ class Optimiser:
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.rates[name] * left
-        steps: list[dict[str, float]] = []
-        for rows in self._minibatches(number, size=len(lesson.experience.prompts)):
+        minibatches = self._minibatches(number, size=len(lesson.experience.prompts))
+        for rows in itertools.islice(minibatches, len(steps), None):
+            if not goes_on():
+                return None
             text_rows = self._text_rows(number, step=len(steps))
             step = self._step(lesson, rows=rows, text_rows=text_rows, first=not steps)
             if step is None:
@@ -95,8 +107,7 @@ class Optimiser:
         if self.text is None:
             return torch.zeros(0, dtype=torch.long)
         settings, size = self.settings, self.settings.minibatch_size
-        steps = settings.optimisation.epochs * (settings.prompts_per_update // size)
-        start = (number * steps + step) * size
+        start = (number * settings.steps_per_update + step) * size
         rows = rows_in_turn(settings.seed, "ptx", start=start, size=size, total=len(self.text))
         return torch.tensor(rows)
 

@@ -303,6 +303,11 @@ class Settings:
     engine: Engine = field(default_factory=Engine)
     longest: int = 0
 
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps of an update that ends by itself."""
+        return self.optimisation.epochs * (self.prompts_per_update // self.minibatch_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:

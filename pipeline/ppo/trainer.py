@@ -7,13 +7,13 @@ control and metrics are global by construction; generation, scoring and gradient
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,8 +54,35 @@ class Outcome:
     advantages: Float[Tensor, "batch time"]
 
 
+@dataclass
+class Midway:
+    """An update under way: its rollout, measured, and what its optimizer steps have reported.
+
+    Nothing else is needed to go on with it: what it was made with, the coefficient of the penalty
+    and the baseline, moves when the update is done.
+    """
+
+    experience: Experience
+    timings: dict[str, float]
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a resume point keeps of it."""
+        return {**vars(self), "experience": vars(self.experience)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Midway":
+        """Returns what a resume point has kept."""
+        return cls(**{**state, "experience": Experience(**state["experience"])})
+
+
 class PPOTrainer:
-    """Trains a policy, and a critic if there is one; all randomness is a function of the seed."""
+    """Trains a policy, and a critic if there is one; all randomness is a function of the seed.
+
+    Attributes:
+        updates: how many are done.
+        midway: the update under way, where it was left between two optimizer steps.
+    """
 
     def __init__(
         self,
@@ -81,6 +108,8 @@ class PPOTrainer:
             )
             rewards = Rewards({"reward": Divided(scorer)})
         self.rewards = rewards
+        self.updates = 0
+        self.midway: Midway | None = None
         self.kl = build_controller(settings.kl)
         self.baseline = RunningBaseline(settings.advantage.baseline_decay)
         self.engine: RolloutEngine = open_engine(
@@ -91,24 +120,25 @@ class PPOTrainer:
             roles, settings=settings, accelerator=accelerator, pad_id=pad_id, text=text
         )
 
-    def update(self, number: int) -> Outcome:
+    def update(self, number: int, *, goes_on: Callable[[], bool] = lambda: True) -> Outcome | None:
         """Returns the outcome of one PPO update: sample, score, penalise, estimate, optimise.
 
         Args:
             number: which update, from 0; prompts, uniforms and permutations follow from it.
+            goes_on: asked before every optimizer step, with the same answer on every process.
+
+        Returns:
+            None where it was told not to go on: `save` keeps what was done so far, and the next
+            call goes on from there.
 
         Raises:
             UserError: a run-time check failed; no optimizer moved after the failure.
         """
-        settings, timings = self.settings, dict[str, float]()
-        prompts = [self.prompts[row] for row in self.prompt_rows(number)]
-        with _clock(timings, "rollout"):
-            sampled = self.sample(prompts, update=number)
-        with _clock(timings, "score"), placed(f"update {number}"):
-            experience = self.measure(prompts, sampled)
+        settings = self.settings
+        if self.midway is None:
+            self.midway = self.roll_out(number)
+        experience, timings = self.midway.experience, self.midway.timings
         mask = experience.mask
-        check_experience(experience, update=number, precision=settings.precision)
-
         scores = final_scores(
             experience.scores,
             experience.ended,
@@ -122,8 +152,10 @@ class PPOTrainer:
             rewards = whiten(rewards, mask, shift_mean=False)
         lesson, engine = corrected(self.estimate(experience, rewards), settings.engine)
         with _clock(timings, "optimise"):
-            losses = self.optimiser.run(number, lesson)
+            losses = self.optimiser.run(number, lesson, steps=self.midway.steps, goes_on=goes_on)
         self.synchronised = False
+        if losses is None:
+            return None
 
         metrics = {
             **objective(
@@ -136,12 +168,45 @@ class PPOTrainer:
             metrics["value/explained_variance"] = explained_variance(
                 experience.values[mask], lesson.returns[mask]
             )
-        if number >= settings.optimisation.critic_warmup:  # before, the KL is 0 and says nothing
-            self.kl.update(metrics["objective/kl"], num_episodes=len(prompts))
-        if settings.kl.reference_rate > 0 and (number + 1) % settings.kl.reference_every == 0:
-            move_reference(self.roles, rate=settings.kl.reference_rate)
+        self.steer(number, metrics["objective/kl"], rewards, mask)
         _add_throughput(timings, num_tokens=int(mask.sum()))
         return Outcome(metrics, timings, experience, rewards, lesson.advantages)
+
+    def roll_out(self, number: int) -> Midway:
+        """Returns an update's beginning: responses, sampled and measured."""
+        prompts = [self.prompts[row] for row in self.prompt_rows(number)]
+        timings = dict[str, float]()
+        with _clock(timings, "rollout"):
+            sampled = self.sample(prompts, update=number)
+        with _clock(timings, "score"), placed(f"update {number}"):
+            experience = self.measure(prompts, sampled)
+        check_experience(experience, update=number, precision=self.settings.precision)
+        return Midway(experience, timings)
+
+    def steer(
+        self,
+        number: int,
+        kl: float,
+        rewards: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+    ) -> None:
+        """Moves what the next update is made with: penalty, baseline, reference.
+
+        Args:
+            number: the update that ends.
+            kl: mean KL of the rollout's responses to the reference, in nats.
+            rewards: one per token, 0 outside the mask.
+            mask: True on response tokens.
+        """
+        settings = self.settings
+        if number >= settings.optimisation.critic_warmup:  # before, the KL is 0 and says nothing
+            self.kl.update(kl, num_episodes=len(mask))
+        if settings.advantage.estimator == "reinforce":
+            _, to_go = reinforce(rewards, mask, gamma=settings.reward.gamma, baseline=0.0)
+            self.baseline.update(float(to_go[:, 0].mean()))
+        self.updates, self.midway = number + 1, None
+        if settings.kl.reference_rate > 0 and self.updates % settings.kl.reference_every == 0:
+            move_reference(self.roles, rate=settings.kl.reference_rate)
 
     def prompt_rows(self, number: int) -> list[int]:
         """Returns the prompt of each response of an update.
@@ -165,10 +230,9 @@ class PPOTrainer:
             )
             return Lesson(experience, whiten(advantages, mask), returns, self.kl.coef)
         if options.estimator == "reinforce":
-            advantages, to_go = reinforce(
+            advantages, _ = reinforce(
                 rewards, mask, gamma=reward.gamma, baseline=self.baseline.value
             )
-            self.baseline.update(float(to_go[:, 0].mean()))
             return Lesson(experience, advantages, None, self.kl.coef)
         compare = rloo if options.estimator == "rloo" else grpo
         group = options.responses_per_prompt
@@ -249,18 +313,31 @@ class PPOTrainer:
         return math.exp(sum(distributed.gather_objects(total)) / num_tokens)
 
     def save(self, folder: Path) -> None:
-        """Writes the state of a resume point: what moves. The main process's is everyone's."""
+        """Writes the state of a resume point: what moves. The main process's is everyone's.
+
+        Between two optimizer steps the rollout and the metrics of the steps are part of it.
+        """
         if not distributed.is_main():
             return
         for name, model in self._moved().items():
             weights = {key: p.detach().cpu() for key, p in model.named_parameters()}
             save_file(weights, folder / f"{name}.safetensors")
-        kept = {"kl": self.kl.state(), "baseline": self.baseline.value}
+        kept = {
+            "kl": self.kl.state(),
+            "baseline": self.baseline.value,
+            "updates": self.updates,
+            "midway": self.midway and self.midway.state(),
+        }
         torch.save({**self.optimiser.state(), **kept}, folder / "state.pt")
 
     @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Takes up the state of a resume point."""
+    def load(self, folder: Path, *, step: int) -> None:
+        """Takes up the state of a resume point.
+
+        Args:
+            folder: the point's.
+            step: its number, which in the formats 1 and 2 counted updates.
+        """
         for name, model in self._moved().items():
             weights = load_file(folder / f"{name}.safetensors")
             for key, parameter in model.named_parameters():
@@ -271,6 +348,15 @@ class PPOTrainer:
         self.kl.coef = state["kl"]["coef"]
         self.baseline.value = state["baseline"]
         self.synchronised = False
+        self.updates = state.get("updates", step)
+        midway = state.get("midway")
+        self.midway = midway and Midway.of(midway)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far; an update that ended before its last one counts as a whole."""
+        under_way = len(self.midway.steps) if self.midway else 0
+        return self.updates * self.settings.steps_per_update + under_way
 
     @property
     def moved_bytes(self) -> int:
@@ -304,7 +390,8 @@ def placed(where: str) -> Iterator[None]:
 def _clock(timings: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    timings[f"time/{name}_seconds"] = time.perf_counter() - start
+    key = f"time/{name}_seconds"
+    timings[key] = timings.get(key, 0.0) + time.perf_counter() - start
 
 
 def _add_throughput(timings: dict[str, float], *, num_tokens: int) -> None:

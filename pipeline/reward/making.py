@@ -96,7 +96,8 @@ def read_split(config: RewardConfig, split: str, *, data: Path, reading: Reading
     )
     if not encoded.rankings:
         raise UserError(
-            f"max_length: no ranking of {split} has two texts of {config.max_length} tokens"
+            f"max_length: no ranking of {split} has two texts of {config.max_length} tokens; "
+            "raise it, or shorten prompts and replies"
         )
     return encoded
 

@@ -135,7 +135,7 @@ def test_weights_are_synchronised_before_the_first_rollout_and_after_every_chang
     ppo.sample(ppo.prompts[:2], update=0, name="validation")
     assert ppo.engine.synchronised == 2
     ppo.save(tmp_path)
-    ppo.load(tmp_path)
+    ppo.load(tmp_path, step=1)
     ppo.update(1)
     assert ppo.engine.synchronised == 3
 
@@ -145,7 +145,7 @@ def test_a_run_with_an_engine_resumes_exactly_where_the_engine_draws_by_our_numb
     straight.update(0)
     straight.save(tmp_path)
     straight.update(1)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path, step=1)
     resumed.update(1)
     assert torch.equal(weights(resumed), weights(straight))
 

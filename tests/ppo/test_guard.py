@@ -125,7 +125,7 @@ def test_ppo_ends_early_keeps_the_best_and_resumes_to_the_same_bytes(
     assert any(not torch.equal(best[name], last[name]) for name in last)
 
     save_point = StageRun.save_point
-    for died_after in (3, 6):
+    for died_after in (12, 24):  # four optimizer steps an update
 
         def dying(self, step, write, died_after=died_after):
             save_point(self, step, write)

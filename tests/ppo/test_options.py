@@ -47,8 +47,43 @@ def test_every_option_resumes_exactly_and_changes_the_update(name, tmp_path):
     straight.save(tmp_path)
     straight.update(1)
     resumed = trainer(**options)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path, step=straight.steps)
+    assert resumed.updates == 1
     resumed.update(1)
+    assert_same_state(resumed, straight)
+    assert not torch.equal(policy_weights(straight), default_weights())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("taken", [0, 3])
+def test_an_update_left_between_two_optimizer_steps_goes_on_exactly(name, taken, tmp_path):
+    options = OPTIONS[name]
+    straight, left, resumed = (trainer(**options) for _ in range(3))
+    whole = [straight.update(0), straight.update(1)]
+    left.update(0)
+    answers = iter([True] * taken + [False])
+    ended = left.update(1, goes_on=lambda: next(answers))
+    if ended is not None:  # target_kl ended the update before
+        assert name == "target_kl"
+        assert next(answers, None) is not None
+        return
+    left.save(tmp_path)
+    assert left.steps == left.settings.steps_per_update + taken
+    resumed.load(tmp_path, step=left.steps)
+    assert (resumed.updates, resumed.steps) == (1, left.steps)
+    again = resumed.update(1, goes_on=lambda: True)
+    assert again.metrics == whole[1].metrics
+    assert torch.equal(again.rewards, whole[1].rewards)
+    assert torch.equal(again.advantages, whole[1].advantages)
+    assert again.experience.responses == whole[1].experience.responses
+    assert_same_state(resumed, straight)
+    assert set(again.timings) == set(whole[1].timings)
+
+
+def assert_same_state(resumed, straight) -> None:
+    """Both trainers are at the same place, to the last bit."""
+    assert resumed.updates == straight.updates
+    assert resumed.midway is None is straight.midway
     assert torch.equal(weights(resumed), weights(straight))
     assert resumed.kl.state() == straight.kl.state()
     assert resumed.baseline == straight.baseline
@@ -56,7 +91,6 @@ def test_every_option_resumes_exactly_and_changes_the_update(name, tmp_path):
         resumed.roles.reference.parameters(), straight.roles.reference.parameters(), strict=True
     ):
         assert torch.equal(ours, theirs)
-    assert not torch.equal(policy_weights(straight), default_weights())
 
 
 @functools.cache

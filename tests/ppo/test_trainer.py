@@ -72,11 +72,23 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path):
         if number == 0:
             straight.save(tmp_path)
     resumed = trainer(kl=straight.settings.kl)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path, step=straight.settings.steps_per_update)
     for number in (1, 2):
         resumed.update(number)
     assert torch.equal(weights(resumed), weights(straight))
     assert resumed.kl.coef == straight.kl.coef != 0.1
+
+
+def test_a_point_of_the_former_format_is_numbered_by_updates(tmp_path):
+    before, now = trainer(), trainer()
+    before.update(0)
+    before.save(tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(
+        {key: state[key] for key in state.keys() - {"updates", "midway"}}, tmp_path / "state.pt"
+    )
+    now.load(tmp_path, step=1)
+    assert (now.updates, now.steps) == (1, now.settings.steps_per_update)
 
 
 def test_options_of_the_reward_enter_the_update():

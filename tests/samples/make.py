@@ -8,11 +8,13 @@ left on somebody's disk must open, or be refused in one line, for ever.
 
 from pathlib import Path
 
+from pipeline import manifest, points
 from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.config import StageConfig
-from pipeline.manifest import FORMAT_VERSION
 
 SAMPLES = Path(__file__).parent
+PRESENT = SAMPLES / f"format-{max(manifest.FORMAT_VERSION, points.FORMAT_VERSION)}"
+"""Manifests and resume points have formats of their own; a sample is named by the newer one."""
 STEPS = 2
 KINDS = {"data": "dataset", "sft": "causal-lm"}
 
@@ -48,4 +50,4 @@ def make(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(SAMPLES / f"format-{FORMAT_VERSION}")
+    make(PRESENT)

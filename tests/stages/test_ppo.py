@@ -1,8 +1,10 @@
 """The ppo stage on made-up data and tiny random models: what it writes, refuses and resumes."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from pipeline.config import StageConfig
 from pipeline.errors import UserError
 from pipeline.ppo import inputs
 from pipeline.ppo.loading import load_roles
+from pipeline.ppo.optimiser import Optimiser
+from pipeline.ppo.trainer import PPOTrainer
+from pipeline.stopping import STOPPED
 from stages import data, ppo, tokenizer
 
 SIZES = {
@@ -112,7 +117,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("last_point", [1, 3])
+@pytest.mark.parametrize("last_point", [4, 12])  # four optimizer steps an update
 def test_an_interrupted_stage_ends_in_the_same_bytes(finished, run_folder, monkeypatch, last_point):
     expected = open_artifact(finished, kind="causal-lm").content["files"]
     save_point = StageRun.save_point
@@ -128,6 +133,40 @@ def test_an_interrupted_stage_ends_in_the_same_bytes(finished, run_folder, monke
             ppo.main(words(run_folder, "--force=true"))
     assert ppo.main(words(run_folder)) == 0
     assert open_artifact(finished, kind="causal-lm").content["files"] == expected
+
+
+@pytest.mark.parametrize("steps", [0, 6, 9])
+def test_a_signal_stops_after_the_optimizer_step(finished, run_folder, monkeypatch, caplog, steps):
+    expected = open_artifact(finished, kind="causal-lm").content["files"]
+    step, taken = Optimiser._step, []
+
+    def stepping(self, *args, **named):
+        metrics = step(self, *args, **named)
+        taken.append(metrics)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    def sampling(self, *args, **named):
+        if steps == 0 and named.get("name") is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, *args, **named)
+
+    sample = PPOTrainer.sample
+    arguments = words(run_folder, "--saving.every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimiser, "_step", stepping)
+        patch.setattr(PPOTrainer, "sample", sampling)
+        assert ppo.main([*arguments, "--force=true"]) == STOPPED
+    assert f"stopped after step {steps}, which is saved" in caplog.text
+    assert len(taken) == steps
+    (folder,) = (run_folder / "ppo" / "checkpoints").iterdir()
+    assert folder.name == f"step-{steps}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimiser, "_step", stepping)
+        assert ppo.main(arguments) == 0
+    assert len(taken) == 16
+    assert open_artifact(run_folder / "ppo", kind="causal-lm").content["files"] == expected
 
 
 OPTIONS = {
@@ -161,7 +200,7 @@ def test_every_option_makes_a_whole_folder(run_folder, tmp_path, name):
     assert ("value/loss" in names) == (name not in CRITICLESS)
     assert ("kl/loss" in names) == (name in {"grpo", "raw"})
     assert {"ptx/loss", "entropy/loss", "optim/steps"} <= names or name != "losses"
-    moved = {path.stem for path in (folder / "checkpoints/step-2").glob("*.safetensors")}
+    moved = {path.stem for path in (folder / "checkpoints/step-8").glob("*.safetensors")}
     assert ("reference" in moved) == (name == "reference")
     assert (folder / "adapter").exists() == (name == "lora")
     assert all(row["validation/text_perplexity"] > 1 for row in rows if "validation/kl" in row)
@@ -333,7 +372,7 @@ def test_a_coefficient_that_cannot_rise_is_diagnosed_and_resume_tells_it_once(
 
     def dying(self, step, write):
         save_point(self, step, write)
-        if step == 9:
+        if step == 36:
             raise Killed
 
     with monkeypatch.context() as patch:
