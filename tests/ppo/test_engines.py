@@ -51,7 +51,7 @@ class Leaning:
 
 
 def leaning(lean: float, *, engine: Engine | None = None, **changes):
-    ppo = trainer(engine=engine or Engine(), **SMALL, **changes)
+    ppo = trainer(engine=engine or Engine(), **(SMALL | changes))
     ppo.engine = Leaning(ppo, lean)
     return ppo
 
@@ -147,6 +147,21 @@ def test_a_run_with_an_engine_resumes_exactly_where_the_engine_draws_by_our_numb
     straight.update(1)
     resumed.load(tmp_path, step=1)
     resumed.update(1)
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+def test_an_update_left_between_two_steps_keeps_what_the_engine_said(tmp_path):
+    """What it samples now would be other rows, so only the rollout that was kept can go on."""
+    rates = dataclasses.replace(SMALL["optimisation"], epochs=3)
+    straight, left, resumed = (leaning(0.3, optimisation=rates) for _ in range(3))
+    straight.update(0)
+    answers = iter([True, False])
+    assert left.update(0, goes_on=lambda: next(answers)) is None
+    left.save(tmp_path)
+    resumed.load(tmp_path, step=1)
+    resumed.engine.lean = 6.0
+    metrics = resumed.update(0).metrics
+    assert metrics["engine/gap_max"] > 0
     assert torch.equal(weights(resumed), weights(straight))
 
 
