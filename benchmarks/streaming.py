@@ -1,7 +1,7 @@
 """Speed and peak memory of `data` and `tokenizer` on a large JSONL file of made-up rows.
 
-Words are drawn from a made-up vocabulary of 50,000 by Zipf's law. A row of text is a conversation of
-two to eight turns, a row of instructions a prompt and its reply; one prompt in twenty repeats.
+Words are drawn from a made-up vocabulary of 50,000 by Zipf's law. A row of text is a conversation
+of two to eight turns, a row of instructions a prompt and its reply; one prompt in twenty repeats.
 
 Run     python -m benchmarks.streaming [--megabytes=1000 --types=text,instructions --folder=/tmp]
         prints the table of docs/costs.md; the disk needs three times the file's size
@@ -41,8 +41,9 @@ def turns(seed: int) -> Iterator[str]:
 def text_row(source: Iterator[str], generator: random.Random) -> dict[str, Any]:
     """Returns a conversation."""
     said = [next(source) for _ in range(2 * generator.randint(1, 4))]
-    roles = ("user", "assistant") * len(said)
-    return {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, said)]}
+    roles = ("user", "assistant") * (len(said) // 2)
+    turned = zip(roles, said, strict=True)
+    return {"messages": [{"role": role, "content": turn} for role, turn in turned]}
 
 
 def instruction_row(source: Iterator[str], generator: random.Random) -> dict[str, Any]:
