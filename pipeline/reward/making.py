@@ -20,6 +20,7 @@ from pipeline.reward.data import (
     TrainingRankings,
     encode,
     features,
+    mean_padding_frac,
     read_rankings,
 )
 from pipeline.reward.held_out import held_out_report, rated_sets
@@ -201,7 +202,7 @@ def train(
     sft: Path,
     reading: Reading,
     bf16: bool,
-) -> tuple[Trainer, dict[str, int]]:
+) -> tuple[Trainer, dict[str, float]]:
     """Returns the trainer after its last step, and how much it was trained on."""
     training, validation = (
         read_split(config, split, data=data, reading=reading) for split in ("train", "validation")
@@ -225,8 +226,10 @@ def train(
         base=Path(origin),
         load=lambda: reward_model_from(origin, pad_id=pad_id, seed=config.seed),
     )
+    packs = config.pack and not config.init_from
     return trainer, {
         "steps": trainer.state.global_step,
+        **({"padding_frac": mean_padding_frac(rows)} if packs else {}),
         "rankings": len(rows),
         "texts": len(training.texts),
         "texts_dropped": training.num_dropped,
