@@ -202,7 +202,7 @@ def train(
     sft: Path,
     reading: Reading,
     bf16: bool,
-) -> tuple[Trainer, dict[str, float]]:
+) -> tuple[Trainer, dict[str, int | float]]:
     """Returns the trainer after its last step, and how much it was trained on."""
     training, validation = (
         read_split(config, split, data=data, reading=reading) for split in ("train", "validation")
