@@ -37,7 +37,7 @@ def run_stage(parents: Path, *, processes: int, prompts: int, updates: int) -> d
             "--tracking=none", "--threads=1", "--workers=1", f"--updates={updates}",
             f"--prompts_per_update={prompts}", f"--minibatch_size={prompts // 4}",
             f"--microbatch_size={PROMPTS // 8}", f"--max_response_tokens={LENGTH}",
-            "--validate_every=0", "--saving.every=0",
+            "--validate_every=1000", "--saving.every=0",
         ]  # fmt: skip
         start = time.perf_counter()
         process = subprocess.Popen(words)

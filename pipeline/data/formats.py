@@ -14,11 +14,10 @@ spaces within a text stay as they are.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.batches import batches_of, write_batches
 from pipeline.data.cleaning import clean, tidy
 from pipeline.data.tables import FORMS, Row, parquet_rows, stage_rows
 from pipeline.errors import UserError
@@ -27,11 +26,6 @@ ROLES = ("system", "user", "assistant")
 
 LARGEST = 10**9
 """Largest score, rating or margin: differences of such stay finite in every precision."""
-
-
-def write_rows(folder: Path, row_type: str, *, split: str, rows: Iterable[Row]) -> None:
-    """Writes `<row_type>-<split>.parquet`; no rows, no file."""
-    write_batches(rows_file(folder, row_type, split=split), batches_of(rows))
 
 
 def rows_file(folder: Path, row_type: str, *, split: str) -> Path:

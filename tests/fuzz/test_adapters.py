@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.adapters.reading import ADAPTERS
 from pipeline.data.files import OwnRows
-from pipeline.data.formats import read_rows, write_rows
+from pipeline.data.formats import read_rows
 from tests.data.adapters import foreign, test_oasst
-from tests.data.own import read_own
+from tests.data.own import read_own, write_rows
 from tests.fuzz.support import as_json, damaged, fuzz, one_line
 
 GOOD = {schema: foreign.documents(schema, count=2, seed=1) for schema in ADAPTERS}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pipeline.data.files import SUFFIXES, OwnRows
-from pipeline.data.formats import read_rows, write_rows
-from tests.data.own import read_own
+from pipeline.data.formats import read_rows
+from tests.data.own import read_own, write_rows
 from tests.fuzz.support import as_json, damaged, damaged_bytes, fuzz, one_line, texts, values
 from tests.fuzz.test_rows import GOOD_ROWS
 

@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.cleaning import clean, normalise, tidy
-from pipeline.data.formats import check_row, read_rows, row_texts, write_rows
+from pipeline.data.formats import check_row, read_rows, row_texts
 from pipeline.data.prompts import kept_prompts
 from pipeline.data.splits import Split, assign
+from tests.data.own import write_rows
 from tests.fuzz.support import ODD_TEXTS, damaged, fuzz, one_line, texts
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}

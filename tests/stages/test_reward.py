@@ -15,12 +15,12 @@ import stages.sft
 import stages.tokenizer
 from pipeline import checkpoint
 from pipeline.config import load
-from pipeline.data.formats import write_rows
 from pipeline.errors import UserError
 from pipeline.lora import LoRA
 from pipeline.reward.settings import Normalisation
 from pipeline.saving import Saving
 from stages import reward
+from tests.data.own import write_rows
 from tests.support import assert_close
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
