@@ -74,7 +74,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun) -> None:
     )
     if stage.is_main:
         write_json(stage.path / "report.json", report)
-    stage.log_samples(counts["steps"], samples)
+    stage.log_samples(trainer.state.global_step, samples)
     summary = summarise(report, trainer.model.config, counts)
     stage.finish(
         headline(summary),
