@@ -43,7 +43,7 @@ def read_corpus(path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int
     """Returns a file of text rows as packed rows."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: the data stage made no text rows. Run: make data")
-    documents = stage_rows(path, "text")
+    documents = list(stage_rows(path, "text"))
     tokens = encode_documents(tokenizer, documents)
     num_tokens = sum(map(len, tokens))
     if num_tokens < length:

@@ -44,7 +44,7 @@ def read_examples(path: Path, *, tokenizer: "PreTrainedTokenizerFast", max_lengt
         raise UserError(
             f"{path} does not exist: the data stage made no instructions. Run: make data"
         )
-    rows = stage_rows(path, "instructions")
+    rows = list(stage_rows(path, "instructions"))
     examples = encode_rows(tokenizer, rows)
     fitting = [example for example in examples if len(example.input_ids) <= max_length]
     if not fitting:

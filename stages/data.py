@@ -8,8 +8,9 @@ origin, hash, licence, rows kept and rows dropped by reason.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from pipeline.checkpoint import begin
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.data import chitchat, sources
+from pipeline.data.batches import batches_of, rows_where, spooled
 from pipeline.data.card import card
 from pipeline.data.cleaning import num_words
 from pipeline.data.collection import Collection
 from pipeline.data.files import OwnRows, file_digest, own_rows
-from pipeline.data.formats import write_rows
-from pipeline.data.prompts import prompts_of
+from pipeline.data.prompts import kept_prompts, prompt_row
 from pipeline.data.ratings import SETS, rankings, split_rated
-from pipeline.data.splits import SPLITS, Split, assign
+from pipeline.data.splits import SPLITS, Places, Split, assign, group_key
 from pipeline.data.tables import Row
 from pipeline.distributed import only_main
 from pipeline.errors import UserError
@@ -154,9 +155,9 @@ class Config(StageConfig):
 
     @property
     def room(self) -> int:
-        """Bytes of disk: your own rows once more, beside what the recipe's take."""
-        paths = [Path(own.path) for own in self.own.values() if own.path]
-        return super().room + sum(path.stat().st_size for path in paths)
+        """Bytes of disk: your own rows once more, and the largest file of them on its way."""
+        sizes = [Path(own.path).stat().st_size for own in self.own.values() if own.path]
+        return super().room + sum(sizes) + max(sizes, default=0)
 
     def content(self) -> dict[str, Any]:
         """The settings and the digests of your own files: an edited file makes other data."""
@@ -165,22 +166,23 @@ class Config(StageConfig):
         return super().content() | ({"file_digests": given} if given else {})
 
 
-def _add_own(
-    collected: Collection, config: Config, row_type: str, *, split_of: dict[str, str]
-) -> None:
+def _add_own(collected: Collection, config: Config, row_type: str, *, places: Places) -> None:
     """Adds the user's own rows of one type, split by group.
 
-    A group that an earlier type has put into a split stays there, in every type: `split_of` tells,
-    and is told.
+    Shares are exact, so all groups are known before the first row has its place: rows wait on
+    disk. A group that an earlier type has put into a split stays there, in every type: `places`
+    tells, and is told.
     """
+    import numpy as np
+
     own = config.own[row_type]
     rows, source = own_rows(own, row_type)
-    new = (row["group"] for row in rows if row["group"] not in split_of)
-    split_of |= assign(new, own.split, seed=config.seed)
-    by_split: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_split[split_of[row["group"]]].append(row)
-    collected.add(row_type, by_split, source=source)
+    with spooled(batches_of(rows), collected.folder) as spool:
+        groups = (group for batch in spool for group in batch["group"].to_pylist())
+        keys = np.fromiter((group_key(group, seed=config.seed) for group in groups), np.uint64)
+        placed = places.place(keys, own.split)
+        by_split = {name: rows_where(spool, placed == number) for number, name in enumerate(SPLITS)}
+        collected.add_batches(row_type, by_split, source=source)
 
 
 def _add_chats(collected: Collection, config: Config) -> None:
@@ -242,19 +244,23 @@ def _add_prompts(collected: Collection) -> None:
     origin = "prompts" if collected.has("prompts") else "instructions"
     if collected.has(origin):
         source = collected.source_of[origin]
-        rows, dropped = prompts_of(collected.rows[origin], texts=collected.rows.get("text", {}))
+        kept, dropped = kept_prompts(collected.rows(origin), texts=collected.rows("text"))
         source.drop("prompts", dropped)
-        collected.add("prompts", rows, source=source)
+        prompts = {
+            split: map(prompt_row, compress(rows, kept[split]))
+            for split, rows in collected.rows(origin).items()
+        }
+        collected.add("prompts", prompts, source=source)
 
 
-def short_prompts(prompts: list[str], *, max_words: int) -> list[str]:
+def short_prompts(prompts: Iterable[str], *, max_words: int) -> list[str]:
     """Returns the prompts of at most so many words, all of them for 0.
 
     Raises:
         UserError: none is that short.
     """
     kept = [prompt for prompt in prompts if not max_words or num_words(prompt) <= max_words]
-    if prompts and not kept:
+    if not kept:
         raise UserError(
             f"ratings.max_prompt_words: no training prompt has at most {max_words} words; raise it"
         )
@@ -288,13 +294,13 @@ def _add_ratings(collected: Collection, config: Config) -> None:
     collected.figures["ratings"] = sum(len(item.ratings) for item in rated)
 
 
-def _collect(config: Config) -> Collection:
-    """Returns all rows: the user's own first, the recipe's for the types that are left."""
-    collected = Collection()
-    split_of: dict[str, str] = {}
+def _collect(config: Config, folder: Path) -> Collection:
+    """Writes all rows: the user's own first, the recipe's for the types that are left."""
+    collected = Collection(folder)
+    places = Places()
     for row_type, own in config.own.items():
         if own.is_given:
-            _add_own(collected, config, row_type, split_of=split_of)
+            _add_own(collected, config, row_type, places=places)
     if config.chats.source != "none" and not collected.has("text", "instructions"):
         _add_chats(collected, config)
     _add_prompts(collected)
@@ -308,13 +314,10 @@ def run(config: Config) -> None:
     if not only_main(config):
         return
     with begin(config, stage="data", kind="dataset", parents={}) as stage:
-        collected = _collect(config)
-        require(bool(collected.rows), "chats.source: every source is none, so there are no rows")
-        wanted = [name for name in collected.rows if name not in config.ratings.unwanted]
+        collected = _collect(config, stage.path)
+        require(bool(collected.counts), "chats.source: every source is none, so there are no rows")
+        wanted = [name for name in collected.counts if name not in config.ratings.unwanted]
         collected.require_rows(*wanted)
-        for row_type, by_split in collected.rows.items():
-            for split, rows in by_split.items():
-                write_rows(stage.path, row_type, split=split, rows=rows)
         write_json(stage.path / "sources.json", collected.ledger())
         stage.log(0, collected.metrics())
         stage.finish(

@@ -154,7 +154,7 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
 
     path = parents["data"].path / "prompts-test.parquet"
     require(path.is_file(), f"{path} does not exist. Run: make data FORCE=1")
-    rows = stage_rows(path, "prompts")
+    rows = list(stage_rows(path, "prompts"))
     tokenizer, longest = load_tokenizer(parents["sft"].path), parents["ppo"].config
     pairs = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]
     usable = [pair for pair in pairs if len(pair[1]) <= longest["max_prompt_tokens"]]

@@ -6,8 +6,9 @@ reads, chat template included.
     make tokenizer             or   python -m stages.tokenizer --recipe=cpu
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pipeline.borrowed import Borrowed, borrow_tokenizer
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
-from pipeline.data.formats import read_rows, row_texts
+from pipeline.data.formats import iterate_rows, row_texts
 from pipeline.distributed import only_main
 from pipeline.errors import UserError
 from pipeline.origin import local_origin, outside_parents
@@ -26,6 +27,7 @@ from pipeline.tokenizer import (
     encode_conversation,
     encode_prompt,
     encode_response,
+    tokens_of,
     train_tokenizer,
 )
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 5
 """Texts shown that do not survive encoding and decoding."""
+TEXTS_AT_ONCE = 1024
+"""Texts whose tokens are in memory at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,32 +86,36 @@ class Config(StageConfig):
         return local_origin(self.init_from, stage=stage) | template
 
 
-def _texts(folder: Path, row_types: Sequence[str], *, split: str) -> list[str]:
-    return [
-        text
-        for row_type in row_types
-        for row in read_rows(folder, row_type, split=split)
-        for text in row_texts(row)
-    ]
+def _texts(folder: Path, row_types: Sequence[str], *, split: str) -> Iterator[str]:
+    for row_type in row_types:
+        for row in iterate_rows(folder, row_type, split=split):
+            yield from row_texts(row)
 
 
-def _measure(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> dict[str, Any]:
+def _measure(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> dict[str, Any]:
     """Returns bytes per token (EOS not counted) and the texts that do not round-trip."""
-    encoded = [encode_response(tokenizer, text) for text in texts]
-    num_tokens = sum(len(ids) - 1 for ids in encoded)
-    num_bytes = sum(len(text.strip().encode()) for text in texts)
-    lost = [
-        text
-        for text, ids in zip(texts, encoded, strict=True)
-        if decode_response(tokenizer, ids) != text.strip()
-    ]
+    num_texts = num_bytes = num_tokens = num_lost = 0
+    examples: list[str] = []
+    texts = iter(texts)
+    while some := [text.strip() for text in islice(texts, TEXTS_AT_ONCE)]:
+        encoded = tokens_of(tokenizer, some)
+        lost = [
+            text
+            for text, ids in zip(some, encoded, strict=True)
+            if decode_response(tokenizer, ids) != text
+        ]
+        num_texts += len(some)
+        num_bytes += sum(len(text.encode()) for text in some)
+        num_tokens += sum(map(len, encoded))
+        num_lost += len(lost)
+        examples += lost[: NUM_EXAMPLES - len(examples)]
     return {
         "bytes_per_token": num_bytes / max(1, num_tokens),
-        "num_texts": len(texts),
+        "num_texts": num_texts,
         "num_bytes": num_bytes,
         "num_tokens": num_tokens,
-        "not_round_tripping": len(lost),
-        "not_round_tripping_examples": lost[:NUM_EXAMPLES],
+        "not_round_tripping": num_lost,
+        "not_round_tripping_examples": examples,
     }
 
 

@@ -13,7 +13,7 @@ def card(collected: Collection) -> str:
     """Returns the Markdown card of the collected rows."""
     lines = ["# Data", "", "Parquet, one file per row type and split.", ""]
     lines += ["| rows | " + " | ".join(SPLITS) + " |", "|---|" + "---:|" * len(SPLITS)]
-    for row_type, by_split in collected.counts().items():
+    for row_type, by_split in collected.counts.items():
         numbers = " | ".join(f"{by_split[split]:,}" for split in SPLITS)
         lines.append(f"| {row_type} | {numbers} |")
     lines += ["", "## Sources", ""]

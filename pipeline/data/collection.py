@@ -1,32 +1,38 @@
 """What the data stage collects: rows by type and split, and the ledger of where they came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pipeline.data.formats import texts_of
+from pipeline.data.batches import Batch, batches_of, write_batches
+from pipeline.data.formats import rows_file, texts_of
 from pipeline.data.sources import Source
 from pipeline.data.splits import SPLITS
-from pipeline.data.tables import Row
+from pipeline.data.tables import Row, parquet_rows
 from pipeline.errors import UserError
 
 
 @dataclass
 class Collection:
-    """Rows by type and split, the source of each type, and figures about the raw data."""
+    """Rows by type and split, the source of each type, and figures about the raw data.
 
-    rows: dict[str, dict[str, list[Row]]] = field(default_factory=dict)
+    Rows are written as they are added and read again where they are needed.
+    """
+
+    folder: Path
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
     source_of: dict[str, Source] = field(default_factory=dict)
     figures: dict[str, int] = field(default_factory=dict)
 
     def has(self, *row_types: str) -> bool:
         """Whether rows of all these types were added."""
-        return all(row_type in self.rows for row_type in row_types)
+        return all(row_type in self.counts for row_type in row_types)
 
     def require_rows(self, *row_types: str) -> None:
         """Raises UserError, which tells what was dropped, where a type has no training rows."""
         for row_type in row_types:
-            if not self.rows[row_type]["train"]:
+            if not self.counts[row_type]["train"]:
                 dropped = self.source_of[row_type].dropped
                 reasons = ", ".join(f"{why}: {count}" for why, count in sorted(dropped.items()))
                 raise UserError(
@@ -34,23 +40,34 @@ class Collection:
                     "more data, or loosen what drops them"
                 )
 
-    def add(self, row_type: str, rows: Mapping[str, Sequence[Row]], *, source: Source) -> None:
-        """Takes the rows of one type and counts them for their source."""
-        self.rows[row_type] = {split: list(rows.get(split, ())) for split in SPLITS}
+    def add(self, row_type: str, rows: Mapping[str, Iterable[Row]], *, source: Source) -> None:
+        """Writes the rows of one type and counts them for their source."""
+        batches = {split: batches_of(given) for split, given in rows.items()}
+        self.add_batches(row_type, batches, source=source)
+
+    def add_batches(
+        self, row_type: str, batches: Mapping[str, Iterable[Batch]], *, source: Source
+    ) -> None:
+        """Does the same with rows that are Arrow batches already."""
         self.source_of[row_type] = source
+        self.counts[row_type] = {}
         for split in SPLITS:
-            source.count(row_type, split=split, num_rows=len(self.rows[row_type][split]))
+            path = rows_file(self.folder, row_type, split=split)
+            num_rows = write_batches(path, batches.get(split, ()))
+            self.counts[row_type][split] = num_rows
+            source.count(row_type, split=split, num_rows=num_rows)
 
-    def training_prompts(self) -> list[str]:
-        """Returns the text of every training prompt (of a conversation: its last turn)."""
-        return [texts_of(row["prompt"])[-1] for row in self.rows["prompts"]["train"]]
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Number of rows by type and split."""
+    def rows(self, row_type: str) -> dict[str, Iterator[Row]]:
+        """Returns the rows of one type by split, read from their files as they are asked for."""
         return {
-            row_type: {split: len(rows) for split, rows in by_split.items()}
-            for row_type, by_split in self.rows.items()
+            split: parquet_rows(rows_file(self.folder, row_type, split=split))
+            for split, num_rows in self.counts.get(row_type, {}).items()
+            if num_rows
         }
+
+    def training_prompts(self) -> Iterator[str]:
+        """Returns the text of every training prompt (of a conversation: its last turn)."""
+        return (texts_of(row["prompt"])[-1] for row in self.rows("prompts")["train"])
 
     def ledger(self) -> list[dict[str, Any]]:
         """Returns what sources.json holds: one entry per source."""
@@ -61,7 +78,7 @@ class Collection:
         """Returns the row counts as metrics."""
         return {
             f"{row_type}/{split}_rows": float(number)
-            for row_type, by_split in self.counts().items()
+            for row_type, by_split in self.counts.items()
             for split, number in by_split.items()
         }
 
@@ -70,10 +87,10 @@ class Collection:
         dropped: dict[str, int] = {}
         for entry in self.ledger():
             dropped |= entry["dropped"]
-        return {"rows": self.counts(), "dropped": dropped, **self.figures}
+        return {"rows": self.counts, "dropped": dropped, **self.figures}
 
     def headline(self) -> str:
         """Returns the stage's result in a few words."""
         words = [f"{number:,} {name.replace('_', ' ')}" for name, number in self.figures.items()]
-        pairs = sum(len(rows) for rows in self.rows.get("instructions", {}).values())
+        pairs = sum(self.counts.get("instructions", {}).values())
         return ", ".join([*words, f"{pairs:,} pairs"])

@@ -93,8 +93,10 @@ class OwnRows:
         return bool(self.path or self.hub)
 
 
-def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
+def own_rows(own: OwnRows, row_type: str) -> tuple[Iterator[Row], Source]:
     """Returns the checked rows and their ledger; texts that spell a special token are dropped.
+
+    Rows are read as they are asked for; the ledger is complete when all have been.
 
     Raises:
         UserError: the file is missing, unreadable or empty, or a row is malformed: the message
@@ -107,21 +109,27 @@ def own_rows(own: OwnRows, row_type: str) -> tuple[list[Row], Source]:
         sha256=file_digest(own),
         licence=own.licence,
     )
-    rows: list[Row] = []
-    first: Row | None = None
+    return _checked(own, row_type, raw, source), source
+
+
+def _checked(
+    own: OwnRows, row_type: str, raw: Iterable[tuple[str, Any]], source: Source
+) -> Iterator[Row]:
+    form: dict[str, type] | None = None
+    num_rows = 0
     for where, value in _in_our_form(own, row_type, raw, source.dropped):
         row = check_row(value, row_type, where=where)
-        first = first or row
-        _check_alike(row, first, where=where)
+        form = form or _form(row)
+        _check_alike(row, form, where=where)
         if any(has_token(text) for text in row_texts(row)):
             source.dropped["a special token in the text"] += 1
         else:
-            rows.append(row)
-    if not rows:
+            num_rows += 1
+            yield row
+    if not num_rows:
         reasons = ", ".join(f"{why}: {count}" for why, count in sorted(source.dropped.items()))
         why = f" (dropped: {reasons})" if reasons else ""
         raise UserError(f"{own.path or source.origin}: no {row_type} rows in it{why}")
-    return rows, source
 
 
 def _in_our_form(
@@ -202,11 +210,11 @@ def _check_builder(builder: Any, own: OwnRows) -> None:
     )
 
 
-def _check_alike(row: Row, first: Row, *, where: str) -> None:
+def _check_alike(row: Row, expected: dict[str, type], *, where: str) -> None:
     """Refuses a row whose columns have other types than the first row's."""
     if "chosen" in row:
         row.setdefault("margin", None)
-    expected, given = _form(first), _form(row)
+    given = _form(row)
     if given != expected:
         names = sorted(k for k in given.keys() | expected.keys() if given.get(k) != expected.get(k))
         raise UserError(f"{where}: {', '.join(names)} differ in form from the first row's")

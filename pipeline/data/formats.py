@@ -14,7 +14,7 @@ spaces within a text stay as they are.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,27 @@ LARGEST = 10**9
 """Largest score, rating or margin: differences of such stay finite in every precision."""
 
 
-def write_rows(folder: Path, row_type: str, *, split: str, rows: Sequence[Row]) -> None:
-    """Writes `<row_type>-<split>.parquet`; no rows, no file."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    if rows:
-        table = pa.Table.from_pylist(list(rows))
-        parquet.write_table(table, folder / f"{row_type}-{split}.parquet")
+def rows_file(folder: Path, row_type: str, *, split: str) -> Path:
+    """Where the rows of one type and split lie in a data folder."""
+    return folder / f"{row_type}-{split}.parquet"
 
 
 def read_rows(folder: Path, row_type: str, *, split: str) -> list[Row]:
-    """Returns the rows of one type and split.
+    """Returns the rows of one type and split, all at once.
+
+    Raises:
+        UserError: as `iterate_rows`.
+    """
+    return list(iterate_rows(folder, row_type, split=split))
+
+
+def iterate_rows(folder: Path, row_type: str, *, split: str) -> Iterator[Row]:
+    """Returns the rows of one type and split, few of which are in memory at one time.
 
     Raises:
         UserError: the data folder has no such rows, or they are damaged.
     """
-    path = folder / f"{row_type}-{split}.parquet"
+    path = rows_file(folder, row_type, split=split)
     if not path.is_file():
         raise UserError(f"{folder} has no {row_type} rows for {split}: configure them for data")
     return stage_rows(path, row_type) if row_type in FORMS else parquet_rows(path)

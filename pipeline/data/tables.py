@@ -1,6 +1,7 @@
 """Parquet files of rows: read by one function, and held against the form of their type."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,29 @@ from pipeline.errors import UserError, first_line
 
 Row = dict[str, Any]
 
+READ_ROWS = 4096
+"""Rows of a Parquet file that are read at one time."""
 
-def parquet_rows(path: Path) -> list[Row]:
-    """Returns the rows of a Parquet file.
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Returns the rows of a Parquet file, few of which are in memory at one time.
 
     Raises:
         UserError: it is no Parquet file, is damaged, or holds values that Python has not.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
+    with _readable(path), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(READ_ROWS):
+            yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
-        with parquet.ParquetFile(path) as file:
-            rows: list[Row] = file.read().to_pylist()
+        yield
     except (
         pa.ArrowException,
         OSError,
@@ -34,20 +45,18 @@ def parquet_rows(path: Path) -> list[Row]:
         raise UserError(
             f"{path} is not a Parquet file that can be read ({first_line(error)})"
         ) from error
-    return rows
 
 
-def stage_rows(path: Path, row_type: str) -> list[Row]:
+def stage_rows(path: Path, row_type: str) -> Iterator[Row]:
     """Returns the rows of a file that the data stage wrote: text, instructions or prompts.
 
     Raises:
         UserError: it is damaged, or a row has not the form of its type.
     """
-    rows = parquet_rows(path)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(parquet_rows(path)):
         if not any(_fits(row, form) for form in FORMS[row_type]):
             raise UserError(f"{path} row {number} is no row of {row_type}. Run: make data FORCE=1")
-    return rows
+        yield row
 
 
 Form = Mapping[str, Callable[[Any], bool]]

@@ -1,6 +1,6 @@
 """Rankings and pairs from the data folder, as the trainer's features and batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pipeline.data.formats import check_row, read_rows, texts_of
 from pipeline.errors import UserError
 from pipeline.models import by_length, pad_right
 from pipeline.reward.loss import comparisons, rater_targets
-from pipeline.reward.packing import pack_texts
+from pipeline.reward.packing import pack_texts, padding_frac
 from pipeline.reward.reading import Reading
 from pipeline.streams import stream
 
@@ -164,6 +164,23 @@ def features(encoded: Encoded, *, min_gap: float, soft: bool) -> list[dict[str, 
             row = {"sequences": sequences, "lowered": lowered, "starts": starts}
             rows.append(row | {"better": better, "worse": worse, "targets": targets})
     return rows
+
+
+def mean_padding_frac(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the mean share of empty positions of packed rankings, responses not varied.
+
+    Args:
+        rows: rows of `features`, at least one.
+    """
+    fracs = []
+    for row in rows:
+        pairs = list(zip(row["sequences"], row["starts"], strict=True))
+        prompts, texts = (
+            [ids[:start] for ids, start in pairs],
+            [ids[start:] for ids, start in pairs],
+        )
+        fracs.append(padding_frac(prompts, texts))
+    return sum(fracs) / len(fracs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from pipeline.reward.data import (
     TrainingRankings,
     encode,
     features,
+    mean_padding_frac,
     read_rankings,
 )
 from pipeline.reward.held_out import held_out_report, rated_sets
@@ -73,7 +74,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun) -> None:
     )
     if stage.is_main:
         write_json(stage.path / "report.json", report)
-    stage.log_samples(counts["steps"], samples)
+    stage.log_samples(trainer.state.global_step, samples)
     summary = summarise(report, trainer.model.config, counts)
     stage.finish(
         headline(summary),
@@ -202,7 +203,7 @@ def train(
     sft: Path,
     reading: Reading,
     bf16: bool,
-) -> tuple[Trainer, dict[str, int]]:
+) -> tuple[Trainer, dict[str, int | float]]:
     """Returns the trainer after its last step, and how much it was trained on."""
     training, validation = (
         read_split(config, split, data=data, reading=reading) for split in ("train", "validation")
@@ -226,8 +227,10 @@ def train(
         base=Path(origin),
         load=lambda: reward_model_from(origin, pad_id=pad_id, seed=config.seed),
     )
+    packs = config.pack and not config.init_from
     return trainer, {
         "steps": trainer.state.global_step,
+        **({"padding_frac": mean_padding_frac(rows)} if packs else {}),
         "rankings": len(rows),
         "texts": len(training.texts),
         "texts_dropped": training.num_dropped,

@@ -8,8 +8,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 ROW_TOKENS = 192
-"""Length to which rows are filled: long enough to waste little, short enough that attention, which
-grows with its square, stays cheap. 96 to 256 take about the same time."""
+"""Most tokens to which rows are filled: long enough to waste little, short enough that attention,
+which grows with its square, stays cheap. 96 to 256 take about the same time."""
+STEP_TOKENS = 8
+"""Shorter rows are tried, down to two thirds, a step at a time: the last row of a ranking is as
+wide as the others, so that some lengths leave more of it empty than others."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def pack_texts(
 ) -> Packed:
     """Returns the texts in rows, long ones first, each in the first row of its prompt with room.
 
+    Rows have the length, of some tried ones, that makes the fewest positions.
     What a model computes for a text is what it computes for prompt + text alone: no text sees
     another one, and positions count from the prompt.
 
@@ -50,8 +54,7 @@ def pack_texts(
         texts: token ids of each text, of at least one token.
         pad_id: token id that fills the rows up.
     """
-    rows = _fill(prompts, texts)
-    width = max(len(prompts[row[0]]) + sum(len(texts[index]) for index in row) for row in rows)
+    rows, width = _tightest(prompts, texts)
     ids = torch.full((len(rows), width), pad_id)
     positions = torch.zeros((len(rows), width), dtype=torch.long)
     owner = torch.full((len(rows), width), len(texts))
@@ -70,7 +73,30 @@ def pack_texts(
     return Packed(ids, positions, _visible(owner)[:, None], last)
 
 
-def _fill(prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[list[int]]:
+def padding_frac(prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> float:
+    """Returns the share of positions that hold no token when `pack_texts` packs these."""
+    rows, width = _tightest(prompts, texts)
+    num_tokens = sum(len(prompts[row[0]]) for row in rows) + sum(map(len, texts))
+    return 1 - num_tokens / (len(rows) * width)
+
+
+def _tightest(
+    prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], int]:
+    """Returns the indices of the texts of each row, and the length of the longest row."""
+
+    def width(rows: list[list[int]]) -> int:
+        return max(len(prompts[row[0]]) + sum(len(texts[index]) for index in row) for row in rows)
+
+    lengths = range(ROW_TOKENS, (ROW_TOKENS * 2 - 1) // 3, -STEP_TOKENS)
+    tried = (_fill(prompts, texts, row_tokens=length) for length in lengths)
+    found = ((rows, width(rows)) for rows in tried)
+    return min(found, key=lambda one: len(one[0]) * one[1])
+
+
+def _fill(
+    prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], *, row_tokens: int
+) -> list[list[int]]:
     """Returns the indices of the texts of each row: first fit, longest first."""
     rows: list[list[int]] = []
     left: list[int] = []
@@ -84,7 +110,7 @@ def _fill(prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> l
         number = next(fitting, len(rows))
         if number == len(rows):
             rows.append([])
-            left.append(ROW_TOKENS - len(prompt))
+            left.append(row_tokens - len(prompt))
         rows[number].append(index)
         left[number] -= size
     return rows

@@ -10,7 +10,7 @@ METHODS = ("accuracy", "bag_of_words", "longer_wins", "one_human_rater")
 
 
 def summarise(
-    report: Mapping[str, Any], model_config: "PreTrainedConfig", counts: Mapping[str, int]
+    report: Mapping[str, Any], model_config: "PreTrainedConfig", counts: Mapping[str, int | float]
 ) -> dict[str, Any]:
     """Returns the headline figures as plain JSON values."""
     summary: dict[str, Any] = {

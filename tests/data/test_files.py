@@ -10,14 +10,15 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from pipeline.data.files import OwnRows, file_digest, own_rows
+from pipeline.data.files import OwnRows, file_digest
 from pipeline.errors import UserError
+from tests.data.own import read_own
 
 PAIRS = [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d"}]
 
 
 def rows_of(path, row_type="instructions"):
-    return own_rows(OwnRows(path=str(path)), row_type)
+    return read_own(OwnRows(path=str(path)), row_type)
 
 
 def text_file(tmp_path, content: str, name: str = "own.jsonl"):
@@ -165,7 +166,7 @@ def asked(monkeypatch) -> dict[str, object]:
 
 
 def test_hub_data_set(asked):
-    rows, source = own_rows(OwnRows(hub="owner/name", revision="main"), "instructions")
+    rows, source = read_own(OwnRows(hub="owner/name", revision="main"), "instructions")
     assert [row["prompt"] for row in rows] == ["p", "q"]
     assert asked == {"name": "owner/name", "config": None, "data_dir": None, "revision": "main"}
     assert (source.origin, source.version) == ("hub: owner/name train", COMMIT)
@@ -174,14 +175,14 @@ def test_hub_data_set(asked):
 def test_part_of_a_hub_data_set_at_a_commit(asked):
     own = OwnRows(hub="owner/name", hub_config="c", hub_dir="part", revision=COMMIT)
     own.check("instructions")
-    _, source = own_rows(own, "instructions")
+    _, source = read_own(own, "instructions")
     assert asked == {"name": "owner/name", "config": "c", "data_dir": "part", "revision": COMMIT}
     assert (source.origin, source.version) == ("hub: owner/name c part train", COMMIT)
 
 
 def test_another_commit_than_the_one_asked_for(asked):
     with pytest.raises(UserError, match=f"owner/name was found at {COMMIT}, not at the revision f"):
-        own_rows(OwnRows(hub="owner/name", revision="f" * 40), "instructions")
+        read_own(OwnRows(hub="owner/name", revision="f" * 40), "instructions")
 
 
 def test_the_settings_are_those_of_the_installed_datasets():
@@ -201,7 +202,7 @@ def test_a_folder_is_read_as_the_hub_is(tmp_path, monkeypatch, name):
     write[Path(name).suffix](folder / "part" / name)
     own = OwnRows(hub=str(folder), hub_dir="part")
     own.check("instructions")
-    rows, source = own_rows(own, "instructions")
+    rows, source = read_own(own, "instructions")
     assert [row["completion"] for row in rows] == ["c"]
     assert (source.origin, source.version) == ("hub: rows part train", "")
     assert len(source.sha256) == 64
@@ -215,5 +216,5 @@ def test_hub_data_set_that_is_not_there(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(UserError, match="cannot load the hub data set a/b") as caught:
-        own_rows(OwnRows(hub="a/b"), "text")
+        read_own(OwnRows(hub="a/b"), "text")
     assert str(caught.value).endswith("(it does not exist)")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipeline.data.formats import check_row, read_rows, row_texts, write_rows
+from pipeline.data.formats import check_row, read_rows, row_texts
 from pipeline.errors import UserError
+from tests.data.own import write_rows
 
 USER = {"role": "user", "content": "hello"}
 ASSISTANT = {"role": "assistant", "content": "hi"}

@@ -1,6 +1,8 @@
 """Prompts: distinct within a split, unseen in the splits before."""
 
-from pipeline.data.prompts import prompts_of
+from itertools import compress
+
+from pipeline.data.prompts import kept_prompts, prompt_row
 
 
 def rows(*prompts: str):
@@ -12,15 +14,16 @@ def turn(text: str):
 
 
 def test_prompts_are_distinct_and_unseen():
-    prompts, dropped = prompts_of(
-        {
-            "train": rows("How are you?", "how are you", "a"),
-            "validation": rows("HOW ARE YOU", "b"),
-            "test": rows("how are you!", "b", "c", "said in training", "d", "D"),
-        },
-        texts={"train": [turn("Said in training.")], "test": [turn("c")]},
+    given = {
+        "train": rows("How are you?", "how are you", "a"),
+        "validation": rows("HOW ARE YOU", "b"),
+        "test": rows("how are you!", "b", "c", "said in training", "d", "D"),
+    }
+    kept, dropped = kept_prompts(
+        given, texts={"train": [turn("Said in training.")], "test": [turn("c")]}
     )
-    assert {split: [row["prompt"] for row in kept] for split, kept in prompts.items()} == {
+    prompts = {split: compress(given[split], mask) for split, mask in kept.items()}
+    assert {split: [row["prompt"] for row in some] for split, some in prompts.items()} == {
         "train": ["How are you?", "a"],
         "validation": ["b"],
         "test": ["c", "d"],
@@ -31,12 +34,12 @@ def test_prompts_are_distinct_and_unseen():
         "a test prompt occurs in an earlier split": 3,
         "a test prompt is a repetition": 1,
     }
-    assert prompts["train"][0] == {"prompt": "How are you?", "group": "g"}
+    assert prompt_row(given["train"][0]) == {"prompt": "How are you?", "group": "g"}
 
 
 def test_prompts_of_several_messages():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"prompt": [*messages, {"role": "user", "content": "c"}], "group": "g"}
-    prompts, dropped = prompts_of({"train": [row], "test": [row]}, texts={})
-    assert prompts["train"] == [row]
+    kept, dropped = kept_prompts({"train": [row], "test": [row]}, texts={})
+    assert kept["train"].tolist() == [True]
     assert dropped == {"a test prompt occurs in an earlier split": 1}

@@ -1,10 +1,11 @@
 """Splits: exact shares, no dependence on order, no group in two splits."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.splits import Split, assign
+from pipeline.data.splits import SPLITS, Places, Split, assign, group_key
 from pipeline.errors import UserError
 
 
@@ -39,3 +40,24 @@ def test_seed_matters():
 def test_shares_out_of_range(value):
     with pytest.raises(UserError, match=r"chats\.split\.test_frac: must be above 0 and below 0\.5"):
         Split(test_frac=value).check("chats.split")
+
+
+def keys_of(groups, seed=3):
+    return np.array([group_key(group, seed=seed) for group in groups], np.uint64)
+
+
+@given(st.lists(st.text()))
+def test_groups_known_by_their_hashes_lie_in_the_same_splits(groups):
+    placed = Places().place(keys_of(groups), Split())
+    split_of = assign(groups, Split(), seed=3)
+    assert [SPLITS[number] for number in placed] == [split_of[group] for group in groups]
+
+
+def test_a_group_stays_in_the_split_it_was_first_put_into():
+    places, old = Places(), [str(n) for n in range(40)]
+    first = places.place(keys_of(old), Split())
+    new = [f"new {n}" for n in range(20)]
+    second = places.place(keys_of([*new, *old]), Split(test_frac=0.25))
+    assert second[20:].tolist() == first.tolist()
+    # The shares are those of the twenty new groups: a quarter and a tenth.
+    assert np.bincount(second[:20]).tolist() == [13, 2, 5]

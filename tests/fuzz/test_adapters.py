@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.adapters.reading import ADAPTERS
-from pipeline.data.files import OwnRows, own_rows
-from pipeline.data.formats import read_rows, write_rows
+from pipeline.data.files import OwnRows
+from pipeline.data.formats import read_rows
 from tests.data.adapters import foreign, test_oasst
+from tests.data.own import read_own, write_rows
 from tests.fuzz.support import as_json, damaged, fuzz, one_line
 
 GOOD = {schema: foreign.documents(schema, count=2, seed=1) for schema in ADAPTERS}
@@ -32,7 +33,7 @@ def test_damaged_rows_give_rows_or_one_line(schema, folder, data):
     row_type = data.draw(st.sampled_from(ADAPTERS[schema].gives))
     languages = data.draw(st.sampled_from(((), ("en",)))) if ADAPTERS[schema].language else ()
     own = OwnRows(path=str(path), schema=schema, languages=languages)
-    given_rows = one_line(lambda: own_rows(own, row_type))
+    given_rows = one_line(lambda: read_own(own, row_type))
     if given_rows is not None:
         made, source = given_rows
         json.dumps(source.as_json()).encode()

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from pipeline.data.files import SUFFIXES, OwnRows, own_rows
-from pipeline.data.formats import read_rows, write_rows
+from pipeline.data.files import SUFFIXES, OwnRows
+from pipeline.data.formats import read_rows
+from tests.data.own import read_own, write_rows
 from tests.fuzz.support import as_json, damaged, damaged_bytes, fuzz, one_line, texts, values
 from tests.fuzz.test_rows import GOOD_ROWS
 
@@ -50,7 +51,7 @@ def read(folder, name: str, content: bytes, row_type: str = "instructions") -> N
     """Reads the file as the data stage does; what it gives can be written and read back."""
     path = folder / name
     path.write_bytes(content)
-    given = one_line(lambda: own_rows(OwnRows(path=str(path)), row_type))
+    given = one_line(lambda: read_own(OwnRows(path=str(path)), row_type))
     if given is not None:
         rows, source = given
         json.dumps(source.as_json(), ensure_ascii=False).encode()

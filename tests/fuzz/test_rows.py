@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.cleaning import clean, normalise, tidy
-from pipeline.data.formats import check_row, read_rows, row_texts, write_rows
-from pipeline.data.prompts import prompts_of
+from pipeline.data.formats import check_row, read_rows, row_texts
+from pipeline.data.prompts import kept_prompts
 from pipeline.data.splits import Split, assign
+from tests.data.own import write_rows
 from tests.fuzz.support import ODD_TEXTS, damaged, fuzz, one_line, texts
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -56,7 +57,7 @@ def test_a_row_is_refused_in_one_line_or_comes_back_from_its_file(row_type, fold
     write_rows(folder, row_type, split="train", rows=[checked])
     assert read_rows(folder, row_type, split="train") == [checked]
     if "prompt" in checked:
-        prompts_of({"train": [checked]}, texts={})
+        kept_prompts({"train": [checked]}, texts={})
     assert all(text == tidy(text) for text in row_texts(checked))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.ppo import rollout
 from pipeline.ppo.rollout import generate, sample_tokens, uniforms
 from tests.support import assert_close, tiny_llama
 
@@ -112,6 +113,20 @@ def test_inverse_cdf_by_hand():
     assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3]), tolerance=1e-7)
     # -(0.2 ln 0.2 + 0.5 ln 0.5 + 0.3 ln 0.3) = 0.3219 + 0.3466 + 0.3612
     assert_close(entropy, torch.full([5], 1.0296530140645737), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_few_rows_at_a_time_are_drawn_as_all_at_once(monkeypatch, rows):
+    logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
+    uniform = uniforms(0, update=0, rows=range(7), positions=1)[:, 0]
+    at_once = sample_tokens(logits, uniform, temperature=0.7)
+    monkeypatch.setattr(rollout, "PIECE_NUMBERS", 11 * rows + 10)
+    drawn = []
+    monkeypatch.setattr(rollout, "wide", lambda some: drawn.append(len(some)) or some)
+    in_pieces = sample_tokens(logits, uniform, temperature=0.7)
+    assert max(drawn) == rows
+    for one, other in zip(at_once, in_pieces, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_tokens_of_probability_zero_are_never_drawn():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pipeline.data.formats import write_rows
 from pipeline.errors import UserError
 from pipeline.reward.data import (
     Encoded,
@@ -15,6 +14,7 @@ from pipeline.reward.data import (
     read_rankings,
 )
 from pipeline.reward.reading import TokenReading
+from tests.data.own import write_rows
 
 RANKING = {
     "prompts": ["how are you?"],

@@ -1,11 +1,12 @@
 """Texts packed into rows: places, what each token sees, and equality with texts by themselves."""
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given
 
 from pipeline.reward import packing
-from pipeline.reward.packing import pack_texts
+from pipeline.reward.packing import pack_texts, padding_frac
 from tests.support import assert_close, tiny_reward_model
 
 PROMPTS = [[3, 9, 4], [3, 9, 4], [3, 4], [3, 9, 4]]
@@ -37,6 +38,23 @@ def test_a_text_longer_than_a_row_has_one_to_itself(monkeypatch):
     monkeypatch.setattr(packing, "ROW_TOKENS", 4)
     packed = pack_texts([[3, 4]] * 2, [[5] * 9 + [1], [6, 1]], pad_id=0)
     assert packed.last.tolist() == [[0, 11], [1, 3]]
+
+
+def test_rows_have_the_length_that_leaves_the_fewest_positions_empty(monkeypatch):
+    monkeypatch.setattr(packing, "ROW_TOKENS", 24)
+    # With a prompt of 2 and texts of 7, rows of 24 hold three texts: 3 + 1, two rows of 23 are 46
+    # positions. Rows of 16, the next length tried, hold two: two rows of 16, all full.
+    prompts, texts = [[3, 4]] * 4, [[5] * 6 + [1]] * 4
+    packed = pack_texts(prompts, texts, pad_id=0)
+    assert packed.input_ids.shape == (2, 16)
+    assert (packed.input_ids != 0).all()
+    assert padding_frac(prompts, texts) == 0
+
+
+def test_the_share_of_empty_positions(monkeypatch):
+    monkeypatch.setattr(packing, "ROW_TOKENS", 10)
+    # The three rows of ten above hold 10, 5 and 4 tokens.
+    assert padding_frac(PROMPTS, TEXTS) == pytest.approx(11 / 30)
 
 
 tokens = st.lists(st.integers(5, 23), min_size=1, max_size=12)

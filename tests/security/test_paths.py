@@ -11,13 +11,14 @@ import torch
 
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.config import StageConfig
-from pipeline.data.files import OwnRows, own_rows
+from pipeline.data.files import OwnRows
 from pipeline.data.packages import Package, read_tar, unpack
 from pipeline.errors import UserError
 from pipeline.models import load_causal_lm, load_origin
 from pipeline.origin import load_origin_tokenizer, locate
 from pipeline.storage import inside, read_json, sealed, sha256_file, write_json
 from tests import gguf_files
+from tests.data.own import read_own
 from tests.evaluation.fakes import save_language_model
 from tests.security.plants import change
 
@@ -185,9 +186,9 @@ def test_a_data_sets_archive_unpacks_into_its_cache_alone(tmp_path, monkeypatch)
             member = tarfile.TarInfo(name)
             member.size = 7
             archive.addfile(member, io.BytesIO(b"text\na\n"))
-    own_rows(OwnRows(hub=str(rows)), "text")
+    read_own(OwnRows(hub=str(rows)), "text")
     assert not list(outside.iterdir())
     with zipfile.ZipFile(rows / "train.csv", "w") as archive:
         archive.writestr("../" * 9 + str(outside) + "/up.csv", "text\nb\n")
-    own_rows(OwnRows(hub=str(rows)), "text")
+    read_own(OwnRows(hub=str(rows)), "text")
     assert not list(outside.iterdir())

@@ -11,13 +11,14 @@ import torch
 
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.config import StageConfig
-from pipeline.data.files import OwnRows, own_rows
+from pipeline.data.files import OwnRows
 from pipeline.errors import UserError
 from pipeline.evaluation.sampling import load_any
 from pipeline.lora import check_adapter
 from pipeline.models import load_causal_lm, load_classifier, load_origin, load_tokenizer
 from pipeline.origin import load_origin_tokenizer, locate
 from pipeline.storage import files_of, read_json, sealed, write_json
+from tests.data.own import read_own
 from tests.evaluation.fakes import save_language_model
 from tests.ppo import worlds
 from tests.security.plants import change, plant, plant_torch
@@ -147,7 +148,7 @@ def test_a_data_source_is_no_pickle(tmp_path, mark, suffix):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_a_pickle_by_another_name(tmp_path, mark, suffix):
     file = plant(tmp_path / f"rows.{suffix}", mark)
-    refused(lambda: own_rows(OwnRows(path=str(file)), "text"), str(file))
+    refused(lambda: read_own(OwnRows(path=str(file)), "text"), str(file))
 
 
 SCRIPT = "from pathlib import Path\nPath({!r}).touch()\n"
@@ -179,7 +180,7 @@ def test_a_data_set_of_the_hub_or_a_folder(tmp_path, mark, monkeypatch, kind, wo
         (folder / "README.md").write_text(f"---\nconfigs: {call}\n---\n")
     else:
         plant(folder / kind, mark)
-    refused(lambda: own_rows(OwnRows(hub=str(folder)), "text"), str(folder), words)
+    refused(lambda: read_own(OwnRows(hub=str(folder)), "text"), str(folder), words)
 
 
 def test_state_of_ppo(tmp_path, mark):

@@ -123,7 +123,7 @@ def test_own_rows_alone(tmp_path):
     own = OwnRows(path=own_file(tmp_path, [{"text": f"text {n}"} for n in range(10)]))
     nothing: dict[str, Any] = {"chats": Chats(source="none"), "ratings": Ratings(source="none")}
     config = config_of(tmp_path, text=own, **nothing)
-    assert config.room == ROOM + Path(own.path).stat().st_size
+    assert config.room == ROOM + 2 * Path(own.path).stat().st_size
     run(config)
     assert set(open_artifact(tmp_path / "run/data", kind="dataset").summary["rows"]) == {"text"}
     with pytest.raises(UserError, match="every source is none"):

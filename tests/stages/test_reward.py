@@ -15,12 +15,12 @@ import stages.sft
 import stages.tokenizer
 from pipeline import checkpoint
 from pipeline.config import load
-from pipeline.data.formats import write_rows
 from pipeline.errors import UserError
 from pipeline.lora import LoRA
 from pipeline.reward.settings import Normalisation
 from pipeline.saving import Saving
 from stages import reward
+from tests.data.own import write_rows
 from tests.support import assert_close
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
@@ -70,6 +70,7 @@ def test_the_folder_is_a_plain_classifier_with_constants_and_a_report(run_dir):
     assert model.config.num_labels == 1
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert artifact.summary["reward_std"] == model.config.reward_std > 0
+    assert 0 <= artifact.summary["padding_frac"] < 0.05
 
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     scores = np.array([sample["score"] for sample in samples])

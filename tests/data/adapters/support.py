@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from pipeline.data.files import OwnRows, own_rows
+from pipeline.data.files import OwnRows
 from pipeline.data.tables import Row
+from tests.data.own import read_own
 
 
 def written(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -34,7 +35,7 @@ def read(
     path = written(folder / name, rows)
     own = OwnRows(path=str(path), schema=schema, languages=languages)
     own.check(row_type)
-    made, source = own_rows(own, row_type)
+    made, source = read_own(own, row_type)
     return made, {reason: count for reason, count in source.dropped.items() if count}
 
 

@@ -42,9 +42,10 @@ def test_an_input_that_is_none(tmp_path, nothing):
 def test_empty_cells_of_a_csv_file(tmp_path):
     path = tmp_path / "alpaca.csv"
     path.write_text('instruction,input,output\nName a colour.,,Blue.\nSay it.,"a,b",\n')
-    from pipeline.data.files import OwnRows, own_rows
+    from pipeline.data.files import OwnRows
+    from tests.data.own import read_own
 
-    rows, source = own_rows(OwnRows(path=str(path), schema="alpaca"), "instructions")
+    rows, source = read_own(OwnRows(path=str(path), schema="alpaca"), "instructions")
     assert [row["prompt"] for row in rows] == [[user("Name a colour.")]]
     assert source.dropped == {"no final reply": 1}
 

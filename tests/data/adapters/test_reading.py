@@ -7,11 +7,12 @@ import datasets
 import pytest
 
 from pipeline.data.adapters.reading import ADAPTERS
-from pipeline.data.files import OwnRows, own_rows
+from pipeline.data.files import OwnRows
 from pipeline.errors import UserError
 from tests.data.adapters import test_alpaca, test_hh, test_oasst, test_tldr, test_ultrafeedback
 from tests.data.adapters import test_sharegpt as sharegpt
 from tests.data.adapters.support import read, written
+from tests.data.own import read_own
 
 ROWS = {
     "hh": [test_hh.GOOD],
@@ -39,7 +40,7 @@ def test_a_published_file_gives_the_same_rows_in_every_format(tmp_path, schema, 
     folder.mkdir()
     written(folder / "train.parquet", ROWS[schema])
     for place in ({"path": str(whole)}, {"path": str(packed)}, {"hub": str(folder)}):
-        assert own_rows(OwnRows(schema=schema, **place), "instructions")[0] == expected
+        assert read_own(OwnRows(schema=schema, **place), "instructions")[0] == expected
 
 
 @pytest.mark.parametrize("schema", ["hh", "sharegpt", "alpaca", "oasst"])
@@ -51,7 +52,7 @@ def test_what_the_hub_unpacks_from_json_is_read_too(tmp_path, schema, monkeypatc
     path = part / "train.jsonl.gz"
     path.write_bytes(gzip.compress((tmp_path / "foreign.jsonl").read_bytes()))
     own = OwnRows(hub=str(part.parent), hub_dir="part", schema=schema)
-    assert own_rows(own, "instructions")[0] == expected
+    assert read_own(own, "instructions")[0] == expected
 
 
 def test_rows_of_the_hub_at_a_commit(monkeypatch):
@@ -68,7 +69,7 @@ def test_rows_of_the_hub_at_a_commit(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: Builder())
     own = OwnRows(hub="Anthropic/hh-rlhf", hub_split="train+test", revision="c" * 40, schema="hh")
     own.check("preferences")
-    rows, source = own_rows(own, "preferences")
+    rows, source = read_own(own, "preferences")
     assert rows[0]["prompt"] == test_hh.PROMPT
     assert source.version == "c" * 40
 

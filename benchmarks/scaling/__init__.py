@@ -1,0 +1,1 @@
+"""Throughput on several processes: what was measured, and what that means on paper for GPUs."""
