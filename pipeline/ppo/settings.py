@@ -12,6 +12,7 @@ COMBINATIONS = ("sum", "mean", "min", "mean_minus_std")
 REWARD_STAGES = ("reward", "reward_guard")
 PENALTIES = ("k1_in_reward", "k2_in_loss", "k3_in_loss")
 ROLES = ("separate", "trunk", "lora")
+SHARDING = ("auto", "none", "fsdp2", "fsdp2_offload")
 ESTIMATORS = ("gae", "rloo", "grpo", "reinforce")
 
 
@@ -312,6 +313,9 @@ class Wanted:
         critic: whether there is a value model.
         normalise: whether scores and values are normalised by the reward model's constants.
         longest: most tokens of a prompt and its response together.
+        sharding: none, fsdp2 or fsdp2_offload.
+        precision: fp32 or bf16, in which divided weights are read.
+        recomputes: whether the layers of what is trained are computed again in backward passes.
     """
 
     roles: str
@@ -320,6 +324,9 @@ class Wanted:
     critic: bool
     normalise: bool
     longest: int
+    sharding: str = "none"
+    precision: str = "fp32"
+    recomputes: bool = False
 
 
 def check_roles(
@@ -350,4 +357,29 @@ def check_roles(
     require(
         lora.dropout == 0,
         f"lora.dropout: ppo reads all models without; set it to 0, not {lora.dropout}",
+    )
+
+
+def check_sharding(sharding: str, *, roles: str, num_processes: int, on_gpu: bool) -> None:
+    """Raises UserError when models cannot be divided over the processes as they are set.
+
+    Args:
+        sharding: none, fsdp2 or fsdp2_offload.
+        roles: how they hold their weights.
+        num_processes: how many there are.
+        on_gpu: whether the models compute on GPUs.
+    """
+    require(
+        sharding == "none" or num_processes > 1,
+        f"sharding: {sharding} divides models over processes, and there is one; set it to none",
+    )
+    require(
+        sharding == "none" or roles == "separate",
+        f"sharding: {sharding} divides models of their own, not those of roles {roles}. Set roles "
+        "to separate, or keep whole models (configs/accelerate/ddp.yaml)",
+    )
+    require(
+        sharding != "fsdp2_offload" or on_gpu,
+        "sharding: fsdp2_offload moves weights to a GPU for each layer, and there is none; set it "
+        "to fsdp2",
     )

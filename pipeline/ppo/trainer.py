@@ -33,6 +33,7 @@ from pipeline.ppo.rollout import Sampled, generate, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
 from pipeline.restricted import restricted
+from pipeline.sharding import divided_as, gathered, whole
 from pipeline.streams import stream
 
 if TYPE_CHECKING:
@@ -184,9 +185,12 @@ class PPOTrainer:
             rows=mine,
             positions=self.settings.max_response_tokens,
         )
-        with precision_context(self.settings.precision, self.roles.policy.device):
+        with (
+            precision_context(self.settings.precision, self.roles.policy.device),
+            whole(self.roles.policy) as policy,
+        ):
             sampled = generate(
-                self.roles.policy,
+                policy,
                 [prompts[row] for row in mine],
                 uniforms=numbers,
                 temperature=self.settings.temperature,
@@ -209,13 +213,13 @@ class PPOTrainer:
         responses = sampled.responses
         keeps = self.settings.precision == "fp32" and not self.roles.one_trunk
         known = sampled.figures if keeps else {}
-        share = slice(distributed.rank(), None, distributed.world_size())
+        rows = distributed.even_share(range(len(prompts)))
         with precision_context(self.settings.precision, self.roles.policy.device):
             measured = measure(
                 self.roles,
-                prompts[share],
-                responses[share],
-                known={name: figures[share] for name, figures in known.items()},
+                [prompts[row] for row in rows],
+                [responses[row] for row in rows],
+                known={name: [kept[row] for row in rows] for name, kept in known.items()},
                 temperature=self.settings.temperature,
                 pad_id=self.pad_id,
                 batch_size=self.settings.microbatch_size,
@@ -223,7 +227,9 @@ class PPOTrainer:
             )
             parts = self.rewards.measure(prompts, responses)
         shares = distributed.gather_objects(measured)
-        together = {name: interleave([part[name] for part in shares]) for name in measured}
+        together = {
+            name: interleave([part[name] for part in shares])[: len(prompts)] for name in measured
+        }
         return assemble(
             prompts,
             responses,
@@ -236,24 +242,28 @@ class PPOTrainer:
     @torch.no_grad()
     def text_perplexity(self, text: Int[Tensor, "row time"]) -> float:
         """Returns the policy's perplexity on packed rows of text, exp(mean nats per token)."""
-        policy, shares = self.roles.policy, text[distributed.rank() :: distributed.world_size()]
+        policy, rows = self.roles.policy, distributed.even_share(range(len(text)))
+        count = len(range(distributed.rank(), len(text), distributed.world_size()))
         total = 0.0
-        for ids in shares.split(self.settings.microbatch_size):
+        for start in range(0, len(rows), self.settings.microbatch_size):
+            ids = text[rows[start : start + self.settings.microbatch_size]].to(policy.device)
             with precision_context(self.settings.precision, policy.device):
-                logits = policy(input_ids=ids.to(policy.device), use_cache=False).logits
-            total += float(text_loss(logits, ids.to(policy.device), num_tokens=1).value)
+                logits = policy(input_ids=ids, use_cache=False).logits
+            own = slice(max(0, count - start))
+            total += float(text_loss(logits[own], ids[own], num_tokens=1).value)
         num_tokens = len(text) * (text.shape[1] - 1)
         return math.exp(sum(distributed.gather_objects(total)) / num_tokens)
 
     def save(self, folder: Path) -> None:
-        """Writes the state of a resume point: what moves. The main process's is everyone's."""
-        if not distributed.is_main():
-            return
+        """Writes the state of a resume point: what moves, whole. Every process must call it."""
         for name, model in self._moved().items():
-            weights = {key: p.detach().cpu() for key, p in model.named_parameters()}
-            save_file(weights, folder / f"{name}.safetensors")
+            weights = gathered(dict(model.named_parameters()))
+            if distributed.is_main():
+                save_file(weights, folder / f"{name}.safetensors")
         kept = {"kl": self.kl.state(), "baseline": self.baseline.value}
-        torch.save({**self.optimiser.state(), **kept}, folder / "state.pt")
+        state = {**self.optimiser.state(), **kept}
+        if distributed.is_main():
+            torch.save(state, folder / "state.pt")
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -261,7 +271,7 @@ class PPOTrainer:
         for name, model in self._moved().items():
             weights = load_file(folder / f"{name}.safetensors")
             for key, parameter in model.named_parameters():
-                parameter.copy_(weights[key])
+                parameter.copy_(divided_as(parameter, weights[key]))
         with restricted(folder):
             state = torch.load(folder / "state.pt", weights_only=True)
         self.optimiser.load_state(state)
