@@ -160,6 +160,15 @@ def even_share(rows: Sequence[T]) -> list[T]:
     return [*mine, *list(rows[:1]) * missing]
 
 
+def in_step(work: Sequence[T]) -> list[T]:
+    """Returns pieces of work, the first of them again until every process has as many.
+
+    Every process must call it, with one piece at least.
+    """
+    most = max(gather_objects(len(work)))
+    return [*work, *[work[0]] * (most - len(work))]
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Acts on the main process alone; what it returns or raises is every process's, so none waits.
 

@@ -16,8 +16,8 @@ from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
 from pipeline.sequences import collate, last_states, wide
-from pipeline.sharding import in_one_pass
 from pipeline.shapes import is_number, is_whole
+from pipeline.sharding import in_one_pass
 from pipeline.storage import read_json
 from pipeline.streams import stream
 from pipeline.tokenizer import encode_prompt, render_prompt

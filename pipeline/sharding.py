@@ -136,11 +136,23 @@ def in_one_pass(model: Any, job: Callable[..., Result], *inputs: Any) -> Result:
     tuples and dicts.
     """
     divided = model.model if isinstance(model, Sharded) else model
-    if not isinstance(divided, FSDPModule):
+    if not is_divided(divided):
         return job(*inputs)
-    divided.in_one_pass = _call  # type: ignore[assignment]
+    divided.in_one_pass = _call
     register_fsdp_forward_method(divided, "in_one_pass")
-    return divided.in_one_pass(lambda: job(*inputs))  # inputs would be cast and moved
+    made: Result = divided.in_one_pass(lambda: job(*inputs))  # inputs would be cast and moved
+    return made
+
+
+def call_of(model: Any) -> Callable[..., Any]:
+    """Returns what a job of `in_one_pass` calls to read a whole model: the gathering is done."""
+    call: Callable[..., Any] = model.forward if is_divided(model) else model
+    return call
+
+
+def is_divided(model: Any) -> bool:
+    """Returns whether `fully_shard` has divided a model, ours or Accelerate's call of it."""
+    return isinstance(model, FSDPModule)
 
 
 def _call(job: Callable[[], Result]) -> Result:
@@ -158,7 +170,7 @@ def whole(model: Any) -> Iterator[Any]:
 
 
 def save_role(model: Any, folder: Path) -> None:
-    """Writes a whole model as a Hugging Face folder; every process must call it, the main writes."""
+    """Writes a whole model as a Hugging Face folder, on the main process; all must call it."""
     if isinstance(model, Sharded) or is_main():
         model.save_pretrained(folder)
 
@@ -181,8 +193,9 @@ def whole_tensor(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns a tensor as it is, or out of the parts of all processes, which must all call it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    on_mesh = torch.device(tensor.device_mesh.device_type)
-    return tensor.to(on_mesh).full_tensor().to(device)
+    on_mesh: Any = tensor.to(tensor.device_mesh.device_type)
+    full: Tensor = on_mesh.full_tensor()
+    return full.to(device)
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -207,6 +207,7 @@ def train_and_validate(
     """Returns tokens per second and the final validation figures; the folder holds the model."""
     from pipeline.fitting import fit, merge_adapter, save_model
     from pipeline.models import load_causal_lm
+    from pipeline.sharding import is_divided
 
     tokenizer = trainer.processing_class
 
@@ -231,7 +232,9 @@ def train_and_validate(
     final = validate(len(validation))
     run.log(step, final)
     save_model(trainer, run.path)
-    write_samples(config, trainer.model, tokenizer=tokenizer, rows=validation, run=run, step=step)
+    model = load_causal_lm(run.path) if is_divided(trainer.model) else trainer.model
+    model.to(trainer.args.device)
+    write_samples(config, model, tokenizer=tokenizer, rows=validation, run=run, step=step)
     return speed, final
 
 

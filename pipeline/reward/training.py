@@ -1,7 +1,7 @@
 """Training over rankings on Hugging Face's Trainer, and the model it starts from."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from pipeline.distributed import in_step
 from pipeline.errors import UserError
 from pipeline.models import head_of, load_with_new_head
 from pipeline.reward.loss import comparison_loss
 from pipeline.sequences import wide
+from pipeline.sharding import call_of, in_one_pass, is_divided
 from pipeline.streams import stream
 
 
@@ -39,7 +41,12 @@ class RankingTrainer(Trainer):
         Gradients are averaged over processes afterwards, so each process's sum is multiplied by
         their number.
         """
-        scores = ranking_scores(model, inputs, unwrapped=self.accelerator.unwrap_model(model))
+        if is_divided(model) and "chunks" in inputs:
+            inputs = inputs | {"chunks": in_step(inputs["chunks"])}
+        unwrapped = self.accelerator.unwrap_model(model)
+        scores = in_one_pass(
+            model, lambda: ranking_scores(call_of(model), inputs, unwrapped=unwrapped)
+        )
         loss = comparison_loss(
             scores, better=inputs["better"], worse=inputs["worse"], targets=inputs["labels"]
         )
@@ -52,12 +59,12 @@ class RankingTrainer(Trainer):
 
 
 def ranking_scores(
-    model: nn.Module, batch: Mapping[str, Any], *, unwrapped: Any
+    model: Callable[..., Any], batch: Mapping[str, Any], *, unwrapped: Any
 ) -> Float[Tensor, " text"]:
     """Returns the raw score of every text; of packed ones, the head's at their last tokens.
 
     Args:
-        model: sequence classifier, perhaps wrapped for several processes.
+        model: sequence classifier, perhaps wrapped for several processes, or its forward.
         batch: what `RankingCollator` returns.
         unwrapped: the classifier itself, whose head reads packed texts.
     """
