@@ -141,12 +141,16 @@ def write_samples(
     step: int,
 ) -> None:
     """Writes sampled replies (temperature 1) to a few validation prompts beside people's."""
+    from pipeline.models import load_causal_lm
     from pipeline.ppo.rollout import generate, uniforms
+    from pipeline.sharding import is_divided
     from pipeline.tokenizer import decode_response
 
     chosen = [rows[index] for index in evenly_spaced(len(rows), config.samples)]
     if not chosen or not run.is_main:
         return
+    if is_divided(model):  # this process alone samples: from what was just written
+        model = load_causal_lm(run.path).to(model.device)
     prompts = [_prompt_of(row) for row in chosen]
     numbers = uniforms(
         stream(config.seed, "samples"),
@@ -207,7 +211,6 @@ def train_and_validate(
     """Returns tokens per second and the final validation figures; the folder holds the model."""
     from pipeline.fitting import fit, merge_adapter, save_model
     from pipeline.models import load_causal_lm
-    from pipeline.sharding import is_divided
 
     tokenizer = trainer.processing_class
 
@@ -232,9 +235,7 @@ def train_and_validate(
     final = validate(len(validation))
     run.log(step, final)
     save_model(trainer, run.path)
-    model = load_causal_lm(run.path) if is_divided(trainer.model) else trainer.model
-    model.to(trainer.args.device)
-    write_samples(config, model, tokenizer=tokenizer, rows=validation, run=run, step=step)
+    write_samples(config, trainer.model, tokenizer=tokenizer, rows=validation, run=run, step=step)
     return speed, final
 
 

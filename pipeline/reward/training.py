@@ -43,15 +43,19 @@ class RankingTrainer(Trainer):
         """
         if is_divided(model) and "chunks" in inputs:
             inputs = inputs | {"chunks": in_step(inputs["chunks"])}
-        unwrapped = self.accelerator.unwrap_model(model)
-        scores = in_one_pass(
-            model, lambda: ranking_scores(call_of(model), inputs, unwrapped=unwrapped)
+        loss, scores = in_one_pass(model, self._loss, model, inputs)
+        mean = loss * self.accelerator.num_processes / max(1, num_items_in_batch)
+        return (mean, {"scores": scores}) if return_outputs else mean
+
+    def _loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Returns the summed loss of a batch and its scores."""
+        scores = ranking_scores(
+            call_of(model), inputs, unwrapped=self.accelerator.unwrap_model(model)
         )
         loss = comparison_loss(
             scores, better=inputs["better"], worse=inputs["worse"], targets=inputs["labels"]
         )
-        mean = loss * self.accelerator.num_processes / max(1, num_items_in_batch)
-        return (mean, {"scores": scores}) if return_outputs else mean
+        return loss, scores.detach()
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:  # noqa: ARG002
         """Returns 0: Trainer's estimate wants one tensor of token ids a batch."""
