@@ -190,6 +190,7 @@ def build_trainer(
         steps=steps,
         world_size=world_size(),
         bf16=bf16,
+        recomputes=config.activation_checkpointing,
     )
     return LanguageModelTrainer(
         language_model=model,

@@ -99,6 +99,7 @@ def build_trainer(
         steps=len(ordered) // config.training.minibatch_size,
         world_size=world_size(),
         bf16=bf16,
+        recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
     return ReplyTrainer(

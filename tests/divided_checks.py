@@ -92,9 +92,7 @@ def same_course(**changes: Any) -> None:
         assert_close(weights(ours), weights(theirs), tolerance=WEIGHTS)
     assert (weights(ours) - start).abs().max() > 0.01
     text_rows = text()
-    assert_close(
-        torch.tensor(ours.text_perplexity(text_rows)), theirs.text_perplexity(text_rows)
-    )
+    assert_close(torch.tensor(ours.text_perplexity(text_rows)), theirs.text_perplexity(text_rows))
 
 
 def check_ppo_takes_the_course_of_whole_models():
@@ -316,4 +314,3 @@ def check_work_is_dealt_and_filled_up():
     assert in_step(["x", "y", "z"][: 1 + 2 * rank()]) == (
         ["x", "x", "x"] if is_main() else ["x", "y", "z"]
     )
-

@@ -28,6 +28,7 @@ def load_roles(
     """
     from pipeline.models import load_tokenizer, take_raw_scores
     from pipeline.ppo.sharing import share_base
+    from pipeline.sharding import recompute
 
     tokens = reward and reads_tokens(reward, tokenizer=load_tokenizer(sft.path))
     path = reward.path if reward and tokens else None
@@ -38,6 +39,8 @@ def load_roles(
     else:
         lora, seed, critic = wanted.lora, wanted.seed, wanted.critic
         roles = share_base(sft.path, path, lora=lora, seed=seed, device=device, critic=critic)
+        if wanted.recomputes:
+            recompute(roles.policy.base.model)
     longest, context = wanted.longest, roles.policy.config.max_position_embeddings
     require(
         longest <= context,
