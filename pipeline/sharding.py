@@ -114,7 +114,8 @@ class Sharded:
 
         Every process must call it; what it does with the model is its own affair.
         """
-        model = self._filled(whole_tensor(p.detach(), self.device) for p in self.parameters())
+        weights = (whole_tensor(p.detach(), self.device) for p in self.parameters())
+        model = self._filled(weights).to(self.device)  # buffers too
         try:
             yield model
         finally:

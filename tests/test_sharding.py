@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
+from pipeline import sharding
 from pipeline.errors import UserError
-from pipeline.sharding import in_one_pass, layers_of, outline_of, recompute, save_role, whole
+from pipeline.sharding import (
+    Sharded,
+    in_one_pass,
+    layers_of,
+    outline_of,
+    recompute,
+    save_role,
+    whole,
+)
 from tests.support import tiny_llama
 from tests.together import names, outcomes
 
@@ -19,6 +29,24 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", names(CHECKS))
 def test_of_two_processes(found, name):
     assert found[name] == ["", ""], "\n".join(found[name])
+
+
+def test_weights_and_moments_stay_with_the_processor_where_they_are_offloaded(monkeypatch):
+    asked = []
+
+    def record(part, **options):
+        asked.append((type(part).__name__, options))
+        part.set_gradient_divide_factor = part.set_force_sum_reduction_for_comms = float
+
+    monkeypatch.setattr(sharding, "fully_shard", record)
+    monkeypatch.setattr(sharding, "_mesh", str)
+    Sharded(tiny_llama(), device=torch.device("cuda"), precision="bf16", offload=True)
+    assert [name for name, _ in asked] == [*["LlamaDecoderLayer"] * 2, "LlamaForCausalLM"]
+    for _, options in asked:
+        assert (options["mesh"], options["reshard_after_forward"]) == ("cuda", True)
+        assert isinstance(options["offload_policy"], CPUOffloadPolicy)
+        policy = options["mp_policy"]
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_an_outline_has_the_names_and_ties_of_a_model_and_no_weights():
