@@ -43,23 +43,25 @@ class RankingTrainer(Trainer):
         """
         if is_divided(model) and "chunks" in inputs:
             inputs = inputs | {"chunks": in_step(inputs["chunks"])}
-        loss, scores = in_one_pass(model, self._loss, model, inputs)
+        unwrapped = self.accelerator.unwrap_model(model)
+        loss, scores = in_one_pass(model, _summed, call_of(model), inputs, unwrapped)
         mean = loss * self.accelerator.num_processes / max(1, num_items_in_batch)
         return (mean, {"scores": scores}) if return_outputs else mean
-
-    def _loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns the summed loss of a batch and its scores."""
-        scores = ranking_scores(
-            call_of(model), inputs, unwrapped=self.accelerator.unwrap_model(model)
-        )
-        loss = comparison_loss(
-            scores, better=inputs["better"], worse=inputs["worse"], targets=inputs["labels"]
-        )
-        return loss, scores.detach()
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:  # noqa: ARG002
         """Returns 0: Trainer's estimate wants one tensor of token ids a batch."""
         return 0
+
+
+def _summed(
+    model: Callable[..., Any], batch: Mapping[str, Any], unwrapped: Any
+) -> tuple[Tensor, Tensor]:
+    """Returns the summed loss of a batch, and its scores, which nothing is to be learned through."""
+    scores = ranking_scores(model, batch, unwrapped=unwrapped)
+    loss = comparison_loss(
+        scores, better=batch["better"], worse=batch["worse"], targets=batch["labels"]
+    )
+    return loss, scores.detach()
 
 
 def ranking_scores(
