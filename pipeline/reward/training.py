@@ -56,7 +56,7 @@ class RankingTrainer(Trainer):
 def _summed(
     model: Callable[..., Any], batch: Mapping[str, Any], unwrapped: Any
 ) -> tuple[Tensor, Tensor]:
-    """Returns the summed loss of a batch, and its scores, which nothing is to be learned through."""
+    """Returns the summed loss of a batch, and its scores without gradient."""
     scores = ranking_scores(model, batch, unwrapped=unwrapped)
     loss = comparison_loss(
         scores, better=batch["better"], worse=batch["worse"], targets=batch["labels"]
