@@ -8,6 +8,7 @@ peak on the way (resident memory, MiB, the larger of the processes).
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from pipeline.ppo.trainer import PPOTrainer
 from pipeline.sharding import Sharded
 
 MIB = 2**20
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+"""Has glibc give freed memory back at once; else it keeps what layers were gathered in, and the
+table shows that instead of what is held."""
 VOCABULARY = 8192
 PROMPTS = [[2 + row, 3, 4, 5] for row in range(8)]
 
@@ -104,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for way in ("none", "fsdp2"):
         launch = [sys.executable, "-m", "pipeline.launch", str(words.processes)]
         sizes = [f"--width={words.width}", f"--layers={words.layers}", f"--sharding={way}"]
-        subprocess.run([*launch, "benchmarks.sharding", *sizes], check=True)
+        subprocess.run(
+            [*launch, "benchmarks.sharding", *sizes], env=RETURNED | os.environ, check=True
+        )
     return 0
 
 
