@@ -15,7 +15,10 @@ from pipeline.errors import UserError
 from pipeline.plain_settings import check_values, check_words, check_yaml
 from pipeline.secrets import refuse_secrets
 
-CIRCUMSTANCES = ("recipe", "run", "num_processes", "force", "tracking", "overrides", "saving")
+CIRCUMSTANCES = (
+    *("recipe", "run", "num_processes", "force", "tracking", "overrides", "saving"),
+    *("sharding", "activation_checkpointing"),
+)
 """Fields that say where and how a stage runs; they do not change what it makes."""
 TRACKERS = {"auto": "wandb", "wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
 """Libraries of the experiment trackers, by their names."""

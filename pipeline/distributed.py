@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import StageConfig
@@ -17,8 +17,11 @@ T = TypeVar("T")
 CUBLAS_WORKSPACE = ":4096:8"
 """Workspaces with which cuBLAS is deterministic (CUDA toolkit, cuBLAS, results reproducibility)."""
 
-SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-"""Variables by which accelerate's launcher says that models are divided over the processes."""
+SHARDING = {"fsdp2": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+"""Variables by which accelerate's launcher says how models are divided over the processes."""
+
+OFFLOAD = "FSDP_OFFLOAD_PARAMS"
+"""Variable by which it says that weights stay in the processor's memory between passes."""
 
 
 def rank() -> int:
@@ -48,23 +51,19 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def setup(config: StageConfig, *, shards: bool = False) -> "Accelerator":
+def setup(config: StageConfig, *, shards: Collection[str] = ()) -> "Accelerator":
     """Returns the Accelerator of a connected process, with threads and global seeds set.
 
     Args:
         config: of the stage.
-        shards: whether the stage's models may be divided over the processes.
+        shards: ways in which the stage's models may be divided, of SHARDING.
 
     Raises:
         UserError: the processes asked for and those connected are not the same number, or the
             stage was launched to divide models and cannot.
     """
     _refuse_lonely(config, world_size())
-    if not shards and any(os.environ.get(name) == "true" for name in SHARDING):
-        raise UserError(
-            "this stage keeps whole models on every process, it cannot divide them yet. "
-            "Use configs/accelerate/ddp.yaml"
-        )
+    _refuse_sharding(shards)
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -78,6 +77,30 @@ def setup(config: StageConfig, *, shards: bool = False) -> "Accelerator":
     _refuse_lonely(config, accelerator.num_processes)
     set_seed(short_stream(config.seed, "stage"))
     return accelerator
+
+
+def _refuse_sharding(known: Collection[str]) -> None:
+    for name, variable in SHARDING.items():
+        if os.environ.get(variable) != "true" or name in known:
+            continue
+        if known:
+            raise UserError(
+                f"this stage cannot divide its models as {name} does. Use "
+                "configs/accelerate/fsdp2.yaml, or ddp.yaml"
+            )
+        raise UserError(
+            "this stage keeps whole models on every process, it cannot divide them as it is set. "
+            "Use configs/accelerate/ddp.yaml"
+        )
+
+
+def sharding_of(wanted: str) -> str:
+    """Returns none, fsdp2 or fsdp2_offload: as wanted, or for auto what Accelerate's YAML says."""
+    if wanted != "auto":
+        return wanted
+    if world_size() == 1 or os.environ.get(SHARDING["fsdp2"]) != "true":
+        return "none"
+    return "fsdp2_offload" if os.environ.get(OFFLOAD) == "true" else "fsdp2"
 
 
 def only_main(config: StageConfig) -> bool:
@@ -123,6 +146,27 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def even_share(rows: Sequence[T]) -> list[T]:
+    """Returns every so-many-th row, this process's share, as many as any process has.
+
+    Where they come out short the first row of all stands in: processes that hold one model together
+    must call it equally often. In the order of ranks, shares interleave to the rows, and what stood
+    in comes last.
+    """
+    mine = list(rows[rank() :: world_size()])
+    missing = -(-len(rows) // world_size()) - len(mine)
+    return [*mine, *list(rows[:1]) * missing]
+
+
+def in_step(work: Sequence[T]) -> list[T]:
+    """Returns pieces of work, the first of them again until every process has as many.
+
+    Every process must call it, with one piece at least.
+    """
+    most = max(gather_objects(len(work)))
+    return [*work, *[work[0]] * (most - len(work))]
 
 
 def on_main(action: Callable[[], T]) -> T:

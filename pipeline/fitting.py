@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.callbacks import FiniteGradients, ResumePoints, RunLogs, Validate, Validation
 from pipeline.checkpoint import StageRun
-from pipeline.distributed import barrier, gather_objects, rank, world_size
+from pipeline.distributed import barrier, even_share, gather_objects, rank, world_size
 from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
 from pipeline.restricted import restricted
@@ -156,11 +156,14 @@ def mean_nll(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
+    own = len(batches[rank() :: world_size()])
     with torch.no_grad():
-        mine = batches[rank() :: world_size()]
-        for batch in progress(mine, total=len(mine), description="loss", leave=False):
+        mine = even_share(batches)
+        passes = progress(mine, total=len(mine), description="loss", leave=False)
+        for number, batch in enumerate(passes):
             nll, tokens = _batch_nll(model, batch)
-            total, count = total + nll, count + tokens
+            if number < own:
+                total, count = total + nll, count + tokens
     model.train(was_training)
     parts = gather_objects((total, count))
     tokens = sum(part[1] for part in parts)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from pipeline.fitting import IGNORED
 from pipeline.sequences import wide
+from pipeline.sharding import call_of, in_one_pass
 
 CHUNK_LOGITS = 2**22
 """Logits that exist at a time, 16 MB in float32: of 8,192 words those of 512 tokens. By 128 tokens
@@ -139,8 +140,12 @@ class LanguageModelTrainer(Trainer):
         """
         if not self.plain_head or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        read = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        output = model(**read, logits_to_keep=1, output_hidden_states=True, use_cache=False)
+        return in_one_pass(model, self._loss, call_of(model), inputs, num_items_in_batch)
+
+    def _loss(self, read: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Returns what `compute_loss` does, in one pass: the head is read without the model."""
+        rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        output = read(**rows, logits_to_keep=1, output_hidden_states=True, use_cache=False)
         targets = inputs["labels"][:, 1:]
         counts = targets != IGNORED
         hidden = output.hidden_states[-1][:, :-1][counts]

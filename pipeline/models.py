@@ -17,6 +17,7 @@ from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
 from pipeline.sequences import collate, last_states, wide
 from pipeline.shapes import is_number, is_whole
+from pipeline.sharding import in_one_pass
 from pipeline.storage import read_json
 from pipeline.streams import stream
 from pipeline.tokenizer import encode_prompt, render_prompt
@@ -273,8 +274,12 @@ def last_token_scores(
 ) -> Float[Tensor, "batch"]:
     """Returns raw scores read at the last real token of each row, float32 or wider."""
     batch = collate(prompts, responses, pad_id=pad_id, packed=is_packed(model)).to(model.device)
-    raw: Tensor = model.score(last_states(model, batch)[batch.last()])[:, 0]
-    return wide(raw)
+
+    def raw_scores() -> Tensor:
+        raw: Tensor = model.score(last_states(model, batch)[batch.last()])[:, 0]
+        return raw
+
+    return wide(in_one_pass(model, raw_scores))
 
 
 @torch.no_grad()

@@ -39,6 +39,9 @@ class TrainingConfig(StageConfig):
 
     saving: Saving = field(default_factory=Saving)
     """Resume points, and how the stage stops."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of a model's layers for the backward pass and compute the rest again:
+    less memory, about a third more time."""
 
 
 def saving_of(config: StageConfig) -> Saving:

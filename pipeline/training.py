@@ -116,7 +116,14 @@ def _divisor(training: Training, world_size: int) -> int:
 
 
 def trainer_arguments(
-    training: Training, *, folder: Path, seed: int, steps: int, world_size: int, bf16: bool
+    training: Training,
+    *,
+    folder: Path,
+    seed: int,
+    steps: int,
+    world_size: int,
+    bf16: bool,
+    recomputes: bool = False,
 ) -> dict[str, Any]:
     """Returns keyword arguments of TrainingArguments or of one of TRL's subclasses.
 
@@ -146,7 +153,7 @@ def trainer_arguments(
         "dataloader_drop_last": False,
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
-        "activation_checkpointing": False,
+        "activation_checkpointing": recomputes,
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "report_to": "none",

@@ -20,26 +20,20 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint import Artifact, StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import require
-from pipeline.distributed import setup, world_size
+from pipeline.distributed import setup, sharding_of, world_size
 from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.engine_settings import Engine, check_engine
 from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
-from pipeline.ppo.settings import (
-    KL,
-    Advantage,
-    Optimisation,
-    Reward,
-    Settings,
-    Wanted,
-    check_roles,
-)
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.sources import Loader, open_source, outside_sources
+from pipeline.ppo.wanted import SHARDING, Wanted, check_roles, check_sharding
 from pipeline.progress import progress
 from pipeline.saving import Saving, TrainingConfig
 from pipeline.stopping import keep_pace
 from pipeline.storage import read_jsonl
+from pipeline.training import PRECISIONS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +70,12 @@ class Config(TrainingConfig):
     """fp32, bf16 (autocast), or auto: bf16 where the processor computes it natively."""
     workers: int = 0
     """Passes of a process side by side, which share its threads; 0: two on a processor with two
-    threads or more, else one. On a GPU always one. It changes results by rounding only."""
+    threads or more, else one. On a GPU and with divided weights always one. It changes results by
+    rounding only."""
+    sharding: str = "auto"
+    """How the processes hold the models: none (each all of them whole), fsdp2 (each its part),
+    fsdp2_offload (in the processor's memory between the passes of a GPU); auto: as Accelerate's
+    YAML says. It changes results by rounding only (docs/cluster.md)."""
     kl: KL = field(default_factory=KL)
     """The KL penalty."""
     reward: Reward = field(default_factory=Reward)
@@ -135,17 +134,12 @@ class Config(TrainingConfig):
             kl=self.kl,
             advantage=self.advantage,
             optimisation=self.optimisation,
+            updates=self.updates,
         )
         check_engine(self.engine, lora=self.lora)
-        warmup = self.optimisation.critic_warmup
-        require(
-            warmup < self.updates,
-            f"optimisation.critic_warmup: {warmup} of {self.updates} updates leave the policy none",
-        )
-        require(
-            self.precision in ("auto", "bf16", "fp32"),
-            f"precision: must be auto, bf16 or fp32, got {self.precision!r}",
-        )
+        for name, choices in {"sharding": SHARDING, "precision": PRECISIONS}.items():
+            value = getattr(self, name)
+            require(value in choices, f"{name}: must be one of {', '.join(choices)}, got {value!r}")
 
     @property
     def longest(self) -> int:
@@ -155,6 +149,8 @@ class Config(TrainingConfig):
     @property
     def wanted(self) -> Wanted:
         """Which roles there are, and how they hold their weights."""
+        from pipeline.models import choose_precision
+
         return Wanted(
             roles=self.roles,
             lora=self.lora,
@@ -162,6 +158,9 @@ class Config(TrainingConfig):
             critic=self.advantage.needs_value_model,
             normalise=self.reward.normalise,
             longest=self.longest,
+            sharding=sharding_of(self.sharding),
+            precision=choose_precision(self.precision),
+            recomputes=self.activation_checkpointing,
         )
 
     def content(self) -> dict[str, Any]:
@@ -187,6 +186,7 @@ class Config(TrainingConfig):
         from pipeline.models import choose_precision
         from pipeline.parallel import choose_workers
 
+        whole = sharding_of(self.sharding) == "none"
         return Settings(
             seed=self.seed,
             updates=self.updates,
@@ -196,7 +196,7 @@ class Config(TrainingConfig):
             max_response_tokens=self.max_response_tokens,
             temperature=self.temperature,
             precision=choose_precision(self.precision),
-            workers=choose_workers(self.workers, device),
+            workers=choose_workers(self.workers if whole else 1, device),
             kl=self.kl,
             reward=self.reward,
             advantage=self.advantage,
@@ -325,14 +325,14 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
 def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> None:
     """Writes the policy with its tokenizer, and the critic where there is one."""
     from pipeline.models import load_tokenizer
+    from pipeline.sharding import save_role
 
-    if stage.is_main:
-        tokenizer = load_tokenizer(sft.path)
-        trainer.roles.policy.save_pretrained(stage.path)
-        tokenizer.save_pretrained(stage.path)
-        if trainer.roles.value is not None:
-            trainer.roles.value.save_pretrained(stage.path / "value")
-            tokenizer.save_pretrained(stage.path / "value")
+    folders = {stage.path: trainer.roles.policy, stage.path / "value": trainer.roles.value}
+    for folder, role in folders.items():
+        if role is not None:
+            save_role(role, folder)
+            if stage.is_main:
+                load_tokenizer(sft.path).save_pretrained(folder)
 
 
 def card(config: Config, first: dict[str, float], last: dict[str, float], *, updates: int) -> str:
@@ -360,7 +360,14 @@ def run(config: Config) -> None:
     """
     from pipeline.ppo.vllm_engines import check_engine_is_there
 
-    accelerator = setup(config)
+    accelerator = setup(config, shards=("fsdp2",))
+    check_sharding(
+        config.wanted.sharding,
+        roles=config.roles,
+        engine=config.engine.name,
+        num_processes=world_size(),
+        on_gpu=accelerator.device.type != "cpu",
+    )
     parents = open_parents(config)
     check_engine_is_there(config.engine)
     with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
@@ -376,6 +383,7 @@ def run(config: Config) -> None:
                 "precision": trainer.settings.precision,
                 "workers": trainer.settings.workers,
                 "world_size": world_size(),
+                "sharding": config.wanted.sharding,
                 **({"constants": measured} if (measured := trainer.rewards.measured) else {}),
             },
             summary={**last, **counts, "updates": done},

@@ -16,7 +16,7 @@ from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import require
 from pipeline.corpus import Corpus, read_corpus, stack
-from pipeline.distributed import setup, world_size
+from pipeline.distributed import SHARDING, setup, world_size
 from pipeline.errors import UserError
 from pipeline.origin import (
     Origin,
@@ -190,6 +190,7 @@ def build_trainer(
         steps=steps,
         world_size=world_size(),
         bf16=bf16,
+        recomputes=config.activation_checkpointing,
     )
     return LanguageModelTrainer(
         language_model=model,
@@ -333,7 +334,7 @@ documents of {train.num_tokens:,} tokens, packed into rows of {config.sequence_l
 
 def run(config: Config) -> None:
     """Makes the pretrain folder."""
-    device = setup(config, shards=True).device
+    device = setup(config, shards=SHARDING).device
     data = open_artifact(config.folder("data"), kind="dataset")
     vocabulary = open_artifact(config.folder("tokenizer"), kind="tokenizer")
     parents = {"data": data, "tokenizer": vocabulary} | outside_parents(config, "pretrain")

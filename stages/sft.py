@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import require
-from pipeline.distributed import setup, world_size
+from pipeline.distributed import SHARDING, setup, world_size
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, Example, Examples, collate, read_examples
 from pipeline.lora import LoRA, quantisation, with_adapter
@@ -99,6 +99,7 @@ def build_trainer(
         steps=len(ordered) // config.training.minibatch_size,
         world_size=world_size(),
         bf16=bf16,
+        recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
     return ReplyTrainer(
@@ -141,12 +142,16 @@ def write_samples(
     step: int,
 ) -> None:
     """Writes sampled replies (temperature 1) to a few validation prompts beside people's."""
+    from pipeline.models import load_causal_lm
     from pipeline.ppo.rollout import generate, uniforms
+    from pipeline.sharding import is_divided
     from pipeline.tokenizer import decode_response
 
     chosen = [rows[index] for index in evenly_spaced(len(rows), config.samples)]
     if not chosen or not run.is_main:
         return
+    if is_divided(model):  # this process alone samples: from what was just written
+        model = load_causal_lm(run.path).to(model.device)
     prompts = [_prompt_of(row) for row in chosen]
     numbers = uniforms(
         stream(config.seed, "samples"),
@@ -287,7 +292,7 @@ that {summary["padding_frac"]:.1%} of the positions are padding.
 
 def run(config: Config) -> None:
     """Makes the sft folder."""
-    setup(config, shards=True)
+    setup(config, shards=() if config.lora.rank else SHARDING)
     data = open_artifact(config.folder("data"), kind="dataset")
     pretrain = open_artifact(config.folder("pretrain"), kind="causal-lm")
     parents = {"data": data, "pretrain": pretrain}

@@ -53,3 +53,20 @@ def test_a_stage_that_keeps_whole_models_refuses_to_divide_them(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="keeps whole models on every process, it cannot divide"):
         distributed.setup(StageConfig())
+
+
+def test_a_stage_that_divides_in_one_way_refuses_another(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="cannot divide its models as deepspeed does. Use config"):
+        distributed.setup(StageConfig(), shards=("fsdp2",))
+
+
+def test_sharding_is_as_wanted_or_as_accelerates_launcher_says(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [distributed.sharding_of(word) for word in ("auto", "fsdp2")] == ["none", "fsdp2"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert [distributed.sharding_of(word) for word in ("auto", "none")] == ["fsdp2", "none"]
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert distributed.sharding_of("auto") == "fsdp2_offload"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.sharding_of("auto") == "none"

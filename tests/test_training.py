@@ -59,11 +59,13 @@ def test_arguments_read_rows_in_order_and_write_no_pickle_of_ours(tmp_path):
         steps=40,
         world_size=2,
         bf16=False,
+        recomputes=True,
     )
     assert arguments["gradient_accumulation_steps"] == 4
     assert arguments["lr_scheduler_kwargs"] == {"num_decay_steps": 20}
     assert arguments["train_sampling_strategy"] == "sequential"
     assert arguments["report_to"] == "none"
+    assert arguments["activation_checkpointing"]
 
 
 ROWS = st.lists(st.integers(1, 50), min_size=4, max_size=60)

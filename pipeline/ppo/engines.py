@@ -13,6 +13,7 @@ from pipeline.ppo.passes import Lesson, precision_context
 from pipeline.ppo.rollout import Sampled, generate
 from pipeline.ppo.settings import Settings
 from pipeline.ppo.vllm_engines import ColocatedEngine, ServerEngine
+from pipeline.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,9 +57,12 @@ class NativeEngine:
         self, prompts: Sequence[list[int]], *, uniforms: Float[Tensor, "row position"]
     ) -> Sampled:
         """Returns one response per prompt, drawn by the uniform numbers."""
-        with precision_context(self.settings.precision, self.policy.device):
+        with (
+            precision_context(self.settings.precision, self.policy.device),
+            whole(self.policy) as policy,
+        ):
             return generate(
-                self.policy,
+                policy,
                 prompts,
                 uniforms=uniforms,
                 temperature=self.settings.temperature,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pipeline.sequences import (
     token_logprobs_and_entropy,
     wide,
 )
+from pipeline.sharding import in_one_pass
 from pipeline.sizes import filled_up
 
 
@@ -199,7 +201,12 @@ def _passes(
         return {"values": state_values(roles.value, response_states(roles.value, batch))}
 
     apart = roles.value is not None and not roles.one_trunk
-    return [*([policy] if reads_policy else []), reference, *([critic] if apart else [])]
+    passes = [
+        *([(roles.policy, policy)] if reads_policy else []),
+        (roles.reference, reference),
+        *([(roles.value, critic)] if apart else []),
+    ]
+    return [partial(in_one_pass, role, one_pass) for role, one_pass in passes]
 
 
 def assemble(

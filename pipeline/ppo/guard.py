@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import require
+from pipeline.distributed import is_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,6 +96,9 @@ class Watch:
 
 
 def keep_best(trainer: "PPOTrainer", *, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Writes the policy as it is now, with its tokenizer."""
-    trainer.roles.policy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Writes the policy as it is now, with its tokenizer; every process must call it."""
+    from pipeline.sharding import save_role
+
+    save_role(trainer.roles.policy, folder)
+    if is_main():
+        tokenizer.save_pretrained(folder)

@@ -9,8 +9,8 @@ import torch
 from pipeline.checkpoint import Artifact
 from pipeline.config import require
 from pipeline.errors import UserError
-from pipeline.ppo.settings import Wanted
 from pipeline.ppo.sources import reads_tokens
+from pipeline.ppo.wanted import Wanted
 
 if TYPE_CHECKING:
     from pipeline.ppo.experience import Roles
@@ -28,6 +28,7 @@ def load_roles(
     """
     from pipeline.models import load_tokenizer, take_raw_scores
     from pipeline.ppo.sharing import share_base
+    from pipeline.sharding import recompute
 
     tokens = reward and reads_tokens(reward, tokenizer=load_tokenizer(sft.path))
     path = reward.path if reward and tokens else None
@@ -38,6 +39,8 @@ def load_roles(
     else:
         lora, seed, critic = wanted.lora, wanted.seed, wanted.critic
         roles = share_base(sft.path, path, lora=lora, seed=seed, device=device, critic=critic)
+        if wanted.recomputes:
+            recompute(roles.policy.base.model)
     longest, context = wanted.longest, roles.policy.config.max_position_embeddings
     require(
         longest <= context,
@@ -52,27 +55,45 @@ def load_roles(
 def _roles_apart(
     sft: Path, reward: Path | None, *, wanted: Wanted, device: torch.device
 ) -> "Roles":
-    from pipeline.attention import pack
     from pipeline.models import load_causal_lm, load_reward_model
     from pipeline.ppo.experience import Roles
     from pipeline.ppo.sharing import TrunkValue
+    from pipeline.sharding import recompute
 
-    def ready(model: Any) -> Any:
-        model.to(device)
-        pack(model)
-        return model
+    def trained(model: Any) -> Any:
+        if wanted.recomputes:
+            recompute(model)
+        return placed(model, wanted=wanted, device=device)
 
-    policy = ready(load_causal_lm(sft))
+    def frozen(model: Any) -> Any:
+        return placed(model.requires_grad_(False), wanted=wanted, device=device)
+
+    policy = trained(load_causal_lm(sft))
     value: Any = None
     if wanted.critic:
         trunk = wanted.roles == "trunk"
-        value = TrunkValue(policy) if trunk else ready(_load_critic(sft, reward))
+        value = TrunkValue(policy) if trunk else trained(_load_critic(sft, reward))
     return Roles(
         policy=policy,
-        reference=ready(load_causal_lm(sft)).requires_grad_(False),
-        reward_model=reward and ready(load_reward_model(reward)).requires_grad_(False),
+        reference=frozen(load_causal_lm(sft)),
+        reward_model=reward and frozen(load_reward_model(reward)),
         value=value,
     )
+
+
+def placed(model: Any, *, wanted: Wanted, device: torch.device) -> Any:
+    """Returns a model on its device, whole or this process's part of it."""
+    from pipeline.attention import pack
+    from pipeline.sharding import Sharded
+
+    if wanted.sharding == "none":
+        model.to(device)
+    if device.type == "cpu":
+        pack(model)
+    if wanted.sharding == "none":
+        return model
+    offload = wanted.sharding == "fsdp2_offload"
+    return Sharded(model, device=device, precision=wanted.precision, offload=offload)
 
 
 def _load_critic(sft: Path, reward: Path | None) -> Any:

@@ -1,6 +1,7 @@
 """The optimisation of one update: epochs over a rollout, one optimizer step a minibatch."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pipeline.ppo.metrics import step_metrics
 from pipeline.ppo.order import permutation, rows_in_turn
 from pipeline.ppo.passes import Crew, Job, Lesson, Microbatch
 from pipeline.ppo.settings import Settings
+from pipeline.sharding import Sharded, load_whole_state, whole_state, whole_tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -153,24 +155,36 @@ class Optimiser:
         num_tokens: int,
     ) -> list[Job]:
         """Returns the passes of this process over a minibatch, the policy's before the critic's."""
-        mine = _share(rows)
-        mine = mine[lesson.experience.lengths[mine].argsort(stable=True)]  # batches pad little
+        by_length = rows[lesson.experience.lengths[rows].argsort(stable=True)]  # pads little
         micros = [
-            Microbatch.of(lesson, micro, roles=self.roles, pad_id=self.pad_id)
-            for micro in mine.split(self.settings.microbatch_size)
-            if len(micro)
+            (Microbatch.of(lesson, micro, roles=self.roles, pad_id=self.pad_id), counts)
+            for micro, counts in self._microbatches(by_length)
         ]
         jobs = [
-            Job(kind, micro, num_tokens, self.moving) for kind in self.kinds for micro in micros
+            Job(kind, micro, num_tokens, self.moving, counts)
+            for kind in self.kinds
+            for micro, counts in micros
         ]
         if self.text is not None:
             length = len(text_rows) * (self.text.shape[1] - 1)
             jobs += [
-                Job("text", self.text[micro].to(self.roles.policy.device), length, self.moving)
-                for micro in _share(text_rows).split(self.settings.microbatch_size)
-                if len(micro)
+                Job("text", self.text[micro].to(self.roles.policy.device), length, self.moving, own)
+                for micro, own in self._microbatches(text_rows)
             ]
         return jobs
+
+    def _microbatches(
+        self, rows: Int[Tensor, " row"]
+    ) -> list[tuple[Int[Tensor, " microbatch"], bool]]:
+        """Returns this process's micro-batches, as many as any process has, and whose they are.
+
+        Where they come out short the first row stands in: one that is not this process's own.
+        """
+        size, ranks = self.settings.microbatch_size, distributed.world_size()
+        mine = rows[distributed.rank() :: ranks]
+        own = [(micro, True) for micro in mine.split(size) if len(micro)]
+        most = math.ceil(math.ceil(len(rows) / ranks) / size)
+        return own + [(rows[:1], False)] * (most - len(own))
 
     def _reduced_norm(self, name: str) -> float:
         """Returns a model's gradient norm before clipping, gradients summed over all processes."""
@@ -178,7 +192,7 @@ class Optimiser:
         for parameter in parameters:
             if parameter.grad is None:  # this process had no row of the minibatch
                 parameter.grad = torch.zeros_like(parameter)
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 and not isinstance(self.models[name], Sharded):
             flat = torch.cat([p.grad.flatten() for p in parameters])
             flat = self.accelerator.reduce(flat, reduction="sum")
             for parameter, part in zip(
@@ -186,21 +200,17 @@ class Optimiser:
             ):
                 parameter.grad.copy_(part.view_as(parameter))
         limit = self.settings.optimisation.max_grad_norm
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return float(whole_tensor(norm, norm.device))
 
     def state(self) -> dict[str, Any]:
-        """Returns what a resume point must keep beside the models."""
-        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        """Returns what a resume point must keep beside the models, whole on the main process."""
+        return {name: whole_state(optimizer) for name, optimizer in self.optimizers.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up the state of a resume point."""
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
-
-
-def _share(rows: Int[Tensor, " row"]) -> Int[Tensor, " share"]:
-    """Returns the rows of this process."""
-    return rows[distributed.rank() :: distributed.world_size()]
+            load_whole_state(optimizer, state[name])
 
 
 def _adamw(model: Any, learning_rate: float) -> torch.optim.AdamW:

@@ -24,6 +24,7 @@ from pipeline.sequences import (
     token_logprobs,
     token_logprobs_and_entropy,
 )
+from pipeline.sharding import in_one_pass
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,15 @@ class Job:
         rows: what is read; for text its token ids.
         num_tokens: tokens of the whole minibatch, by which the losses are divided.
         moving: the roles whose gradients are wanted.
+        counts: whether it is one of the minibatch's; otherwise it stands in where this process has
+            fewer than others, its gradients are zeros and its figures are left out.
     """
 
     kind: str
     rows: Microbatch | Int[Tensor, "row time"]
     num_tokens: int
     moving: Sequence[str]
+    counts: bool = True
 
     @property
     def size(self) -> int:
@@ -187,6 +191,17 @@ class Worker:
     def backward(self, job: Job) -> dict[str, float]:
         """Returns the sums of one pass after adding its gradients to what moves."""
         assert isinstance(job.rows, Tensor) or job.rows.is_packed == self.roles.packed
+        if isinstance(job.rows, Tensor):
+            total, sums = self._forward(job)
+        else:
+            role = self.roles.value if job.kind == "value" else self.roles.policy
+            total, sums = in_one_pass(role, self._forward, job)
+        if total.requires_grad:
+            (total if job.counts else 0.0 * total).backward()
+        return sums if job.counts else {}
+
+    def _forward(self, job: Job) -> tuple[Tensor, dict[str, float]]:
+        """Returns the weighted loss of a pass, and its sums."""
         rates, micro = self.settings.optimisation, job.rows
         coefs = {"policy": 1.0, "value": rates.value_coef, "entropy": rates.entropy_coef}
         if isinstance(micro, Tensor):
@@ -194,10 +209,7 @@ class Worker:
         else:
             coefs["kl"], losses = micro.kl_coef, self._losses(micro, job)
         weighed = (coefs[name] * loss.value for name, loss in losses.items())
-        total = sum(weighed, torch.zeros(()))
-        if total.requires_grad:
-            total.backward()
-        return named_sums(losses)
+        return sum(weighed, torch.zeros(())), named_sums(losses)
 
     def _losses(self, micro: Microbatch, job: Job) -> dict[str, Loss]:
         if job.kind == "value":

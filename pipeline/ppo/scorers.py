@@ -120,9 +120,10 @@ class Divided:
 
     def __call__(self, prompts: Rows, responses: Rows) -> Float[Tensor, " response"]:
         """Returns the scores of all rows."""
-        share = slice(distributed.rank(), None, distributed.world_size())
-        scores = self.scorer(prompts[share], responses[share])
-        return torch.stack(interleave(distributed.gather_objects(list(scores.cpu()))))
+        share = distributed.even_share(range(len(prompts)))
+        scores = self.scorer([prompts[row] for row in share], [responses[row] for row in share])
+        shares = distributed.gather_objects(list(scores.cpu()))
+        return torch.stack(interleave(shares)[: len(prompts)])
 
 
 @dataclass(frozen=True)

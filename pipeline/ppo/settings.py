@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import require
-from pipeline.lora import LoRA
 from pipeline.ppo.engine_settings import Engine
 
 COMBINATIONS = ("sum", "mean", "min", "mean_minus_std")
 REWARD_STAGES = ("reward", "reward_guard")
 PENALTIES = ("k1_in_reward", "k2_in_loss", "k3_in_loss")
-ROLES = ("separate", "trunk", "lora")
 ESTIMATORS = ("gae", "rloo", "grpo", "reinforce")
 
 
@@ -307,55 +305,3 @@ class Settings:
     def steps_per_update(self) -> int:
         """Optimizer steps of an update that ends by itself."""
         return self.optimisation.epochs * (self.prompts_per_update // self.minibatch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """The roles of a run.
-
-    Attributes:
-        roles: separate, trunk or lora.
-        lora: the policy's adapter, where roles is lora.
-        seed: of its first weights.
-        critic: whether there is a value model.
-        normalise: whether scores and values are normalised by the reward model's constants.
-        longest: most tokens of a prompt and its response together.
-    """
-
-    roles: str
-    lora: LoRA
-    seed: int
-    critic: bool
-    normalise: bool
-    longest: int
-
-
-def check_roles(
-    roles: str, *, lora: LoRA, kl: KL, advantage: Advantage, optimisation: Optimisation
-) -> None:
-    """Raises UserError when how the roles hold their weights does not go with other settings."""
-    require(roles in ROLES, f"roles: must be one of {', '.join(ROLES)}, got {roles!r}")
-    estimator, warmup = advantage.estimator, optimisation.critic_warmup
-    if not advantage.needs_value_model:
-        require(
-            roles != "trunk",
-            f"roles: trunk shares the policy with a critic, and {estimator} has none",
-        )
-        require(
-            warmup == 0,
-            f"optimisation.critic_warmup: {estimator} has no critic; set it to 0, not {warmup}",
-        )
-    require(
-        (roles == "lora") == (lora.rank > 0),
-        f"lora.rank: roles lora needs it above 0, any other needs 0; got {lora.rank} with roles "
-        f"{roles}",
-    )
-    require(
-        roles != "lora" or kl.reference_rate == 0,
-        "kl.reference_rate: with roles lora the reference is the frozen base; set it to 0, "
-        f"not {kl.reference_rate}",
-    )
-    require(
-        lora.dropout == 0,
-        f"lora.dropout: ppo reads all models without; set it to 0, not {lora.dropout}",
-    )

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from pipeline.ppo.experience import Experience, Roles, assemble, measure, move_r
 from pipeline.ppo.kl import AdaptiveController, Controller, FixedController, compensated
 from pipeline.ppo.losses import text_loss
 from pipeline.ppo.metrics import explained_variance, objective
+from pipeline.ppo.midway import Midway
 from pipeline.ppo.optimiser import Optimiser
 from pipeline.ppo.order import interleave, rows_in_turn
 from pipeline.ppo.passes import Lesson, precision_context
@@ -34,6 +35,7 @@ from pipeline.ppo.rollout import ENGINE_LOGPROBS, Sampled, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
 from pipeline.restricted import restricted
+from pipeline.sharding import divided_as, gathered
 from pipeline.streams import stream
 
 if TYPE_CHECKING:
@@ -52,28 +54,6 @@ class Outcome:
     experience: Experience
     rewards: Float[Tensor, "batch time"]
     advantages: Float[Tensor, "batch time"]
-
-
-@dataclass
-class Midway:
-    """An update under way: its rollout, measured, and what its optimizer steps have reported.
-
-    Nothing else is needed to go on with it: what it was made with, the coefficient of the penalty
-    and the baseline, moves when the update is done.
-    """
-
-    experience: Experience
-    timings: dict[str, float]
-    steps: list[dict[str, float]] = field(default_factory=list)
-
-    def state(self) -> dict[str, Any]:
-        """Returns what a resume point keeps of it."""
-        return {**vars(self), "experience": vars(self.experience)}
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> "Midway":
-        """Returns what a resume point has kept."""
-        return cls(**{**state, "experience": Experience(**state["experience"])})
 
 
 class PPOTrainer:
@@ -276,13 +256,13 @@ class PPOTrainer:
         by_engine = ENGINE_LOGPROBS in sampled.figures
         keeps = self.settings.precision == "fp32" and not self.roles.one_trunk and not by_engine
         known = sampled.figures if keeps else {}
-        share = slice(distributed.rank(), None, distributed.world_size())
+        rows = distributed.even_share(range(len(prompts)))
         with precision_context(self.settings.precision, self.roles.policy.device):
             measured = measure(
                 self.roles,
-                prompts[share],
-                responses[share],
-                known={name: figures[share] for name, figures in known.items()},
+                [prompts[row] for row in rows],
+                [responses[row] for row in rows],
+                known={name: [kept[row] for row in rows] for name, kept in known.items()},
                 temperature=self.settings.temperature,
                 pad_id=self.pad_id,
                 batch_size=self.settings.microbatch_size,
@@ -290,7 +270,9 @@ class PPOTrainer:
             )
             parts = self.rewards.measure(prompts, responses)
         shares = distributed.gather_objects(measured)
-        together = {name: interleave([part[name] for part in shares]) for name in measured}
+        together = {
+            name: interleave([part[name] for part in shares])[: len(prompts)] for name in measured
+        }
         return assemble(
             prompts,
             responses,
@@ -303,32 +285,36 @@ class PPOTrainer:
     @torch.no_grad()
     def text_perplexity(self, text: Int[Tensor, "row time"]) -> float:
         """Returns the policy's perplexity on packed rows of text, exp(mean nats per token)."""
-        policy, shares = self.roles.policy, text[distributed.rank() :: distributed.world_size()]
+        policy, rows = self.roles.policy, distributed.even_share(range(len(text)))
+        count = len(range(distributed.rank(), len(text), distributed.world_size()))
         total = 0.0
-        for ids in shares.split(self.settings.microbatch_size):
+        for start in range(0, len(rows), self.settings.microbatch_size):
+            ids = text[rows[start : start + self.settings.microbatch_size]].to(policy.device)
             with precision_context(self.settings.precision, policy.device):
-                logits = policy(input_ids=ids.to(policy.device), use_cache=False).logits
-            total += float(text_loss(logits, ids.to(policy.device), num_tokens=1).value)
+                logits = policy(input_ids=ids, use_cache=False).logits
+            own = slice(max(0, count - start))
+            total += float(text_loss(logits[own], ids[own], num_tokens=1).value)
         num_tokens = len(text) * (text.shape[1] - 1)
         return math.exp(sum(distributed.gather_objects(total)) / num_tokens)
 
     def save(self, folder: Path) -> None:
-        """Writes the state of a resume point: what moves. The main process's is everyone's.
+        """Writes the state of a resume point: what moves, whole. Every process must call it.
 
         Between two optimizer steps the rollout and the metrics of the steps are part of it.
         """
-        if not distributed.is_main():
-            return
         for name, model in self._moved().items():
-            weights = {key: p.detach().cpu() for key, p in model.named_parameters()}
-            save_file(weights, folder / f"{name}.safetensors")
-        kept = {
+            weights = gathered(dict(model.named_parameters()))
+            if distributed.is_main():
+                save_file(weights, folder / f"{name}.safetensors")
+        state = {
+            **self.optimiser.state(),
             "kl": self.kl.state(),
             "baseline": self.baseline.value,
             "updates": self.updates,
             "midway": self.midway and self.midway.state(),
         }
-        torch.save({**self.optimiser.state(), **kept}, folder / "state.pt")
+        if distributed.is_main():
+            torch.save(state, folder / "state.pt")
 
     @torch.no_grad()
     def load(self, folder: Path, *, step: int) -> None:
@@ -341,7 +327,7 @@ class PPOTrainer:
         for name, model in self._moved().items():
             weights = load_file(folder / f"{name}.safetensors")
             for key, parameter in model.named_parameters():
-                parameter.copy_(weights[key])
+                parameter.copy_(divided_as(parameter, weights[key]))
         with restricted(folder):
             state = torch.load(folder / "state.pt", weights_only=True)
         self.optimiser.load_state(state)

@@ -80,7 +80,7 @@ class Validation:
                 score=metrics["validation/score"],
                 update=update,
             )
-            if self.watch.best == update and stage.is_main:
+            if self.watch.best == update:
                 keep_best(trainer, tokenizer=self.tokenizer, folder=stage.path / BEST)
         if self.text is not None:
             metrics["validation/text_perplexity"] = trainer.text_perplexity(self.text)

@@ -155,7 +155,13 @@ def build_trainer(
         [0] * len(rows), minibatch_size=training.minibatch_size, steps=steps, seed=config.seed
     )
     arguments = trainer_arguments(
-        training, folder=folder, seed=config.seed, steps=steps, world_size=world_size(), bf16=bf16
+        training,
+        folder=folder,
+        seed=config.seed,
+        steps=steps,
+        world_size=world_size(),
+        bf16=bf16,
+        recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="SEQ_CLS", seed=config.seed)
     return RankingTrainer(

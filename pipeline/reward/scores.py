@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from pipeline.distributed import gather_objects, rank, world_size
+from pipeline.distributed import even_share, gather_objects
 from pipeline.errors import UserError
 from pipeline.models import by_length, whole_text_scores
 
@@ -35,7 +35,7 @@ def raw_scores(
     model.eval()
     found: dict[int, float] = {}
     chunks = by_length([len(ids) for ids in sequences], batch_size=batch_size)
-    for chunk in chunks[rank() :: world_size()]:
+    for chunk in even_share(chunks):
         texts = [sequences[index] for index in chunk]
         scores = whole_text_scores(
             model, texts, pad_id=pad_id, separator=separator, batch_size=batch_size

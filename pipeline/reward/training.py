@@ -1,7 +1,7 @@
 """Training over rankings on Hugging Face's Trainer, and the model it starts from."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from pipeline.distributed import in_step
 from pipeline.errors import UserError
 from pipeline.models import head_of, load_with_new_head
 from pipeline.reward.loss import comparison_loss
 from pipeline.sequences import wide
+from pipeline.sharding import call_of, in_one_pass, is_divided
 from pipeline.streams import stream
 
 
@@ -39,10 +41,10 @@ class RankingTrainer(Trainer):
         Gradients are averaged over processes afterwards, so each process's sum is multiplied by
         their number.
         """
-        scores = ranking_scores(model, inputs, unwrapped=self.accelerator.unwrap_model(model))
-        loss = comparison_loss(
-            scores, better=inputs["better"], worse=inputs["worse"], targets=inputs["labels"]
-        )
+        if is_divided(model) and "chunks" in inputs:
+            inputs = inputs | {"chunks": in_step(inputs["chunks"])}
+        unwrapped = self.accelerator.unwrap_model(model)
+        loss, scores = in_one_pass(model, _summed, call_of(model), inputs, unwrapped)
         mean = loss * self.accelerator.num_processes / max(1, num_items_in_batch)
         return (mean, {"scores": scores}) if return_outputs else mean
 
@@ -51,13 +53,24 @@ class RankingTrainer(Trainer):
         return 0
 
 
+def _summed(
+    model: Callable[..., Any], batch: Mapping[str, Any], unwrapped: Any
+) -> tuple[Tensor, Tensor]:
+    """Returns the summed loss of a batch, and its scores without gradient."""
+    scores = ranking_scores(model, batch, unwrapped=unwrapped)
+    loss = comparison_loss(
+        scores, better=batch["better"], worse=batch["worse"], targets=batch["labels"]
+    )
+    return loss, scores.detach()
+
+
 def ranking_scores(
-    model: nn.Module, batch: Mapping[str, Any], *, unwrapped: Any
+    model: Callable[..., Any], batch: Mapping[str, Any], *, unwrapped: Any
 ) -> Float[Tensor, " text"]:
     """Returns the raw score of every text; of packed ones, the head's at their last tokens.
 
     Args:
-        model: sequence classifier, perhaps wrapped for several processes.
+        model: sequence classifier, perhaps wrapped for several processes, or its forward.
         batch: what `RankingCollator` returns.
         unwrapped: the classifier itself, whose head reads packed texts.
     """

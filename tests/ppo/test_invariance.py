@@ -5,6 +5,7 @@ off by a gradient's rounding (1e-8) over its smallest divisor (epsilon, 1e-5).
 Generation itself is held by test_rollout.py: batch split, order of rows, left padding.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -15,8 +16,9 @@ from pipeline.ppo import experience, optimiser, passes, scorers
 from pipeline.ppo import trainer as module
 from pipeline.ppo.rollout import Sampled
 from pipeline.sequences import Batch, collate
+from pipeline.sharding import recompute
 from tests.ppo.company import Company
-from tests.ppo.worlds import trainer, weights
+from tests.ppo.worlds import PAD, trainer, weights
 from tests.support import assert_close
 
 TOLERANCE = {True: 1e-9, False: 1e-5}
@@ -155,11 +157,10 @@ def test_the_order_of_rows(double, monkeypatch):
 
 
 @both_precisions
-def test_gradient_checkpointing(double):
+def test_layers_that_are_computed_again(double):
     ppo, forwards = prepared(double=double), []
     for model in ppo.optimiser.models.values():
-        model.activation_checkpointing_enable()
-        model.train()  # transformers recomputes in training mode only; dropout is 0 here
+        recompute(model)
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     ppo.update(0)
     same(weights(ppo), double=double)
@@ -200,11 +201,26 @@ def test_processes_that_share_weights(sharing, monkeypatch):
         assert_close(weights(ppo), alone, tolerance=1e-9)
 
 
-def test_gradient_checkpointing_reads_each_role_through_its_own_adapter():
+@both_precisions
+def test_layers_that_are_computed_again_by_workers(double):
+    ppo = trainer(double=double)
+    for model in (ppo.roles.policy, ppo.roles.value):
+        recompute(model)
+    ppo.settings = dataclasses.replace(ppo.settings, workers=2, microbatch_size=2)
+    ppo.optimiser = optimiser.Optimiser(
+        ppo.roles, settings=ppo.settings, accelerator=ppo.optimiser.accelerator, pad_id=PAD
+    )
+    recorded_by = prepared(double=double)
+    for name in ("prompts", "prompt_rows", "sample"):
+        setattr(ppo, name, getattr(recorded_by, name))
+    ppo.update(0)
+    same(weights(ppo), double=double)
+
+
+def test_layers_computed_again_read_each_role_through_its_own_adapter():
     ppo, forwards = prepared(double=True, sharing="lora"), []
     base = ppo.roles.policy.base.model
-    base.activation_checkpointing_enable()
-    base.train()
+    recompute(base)
     base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     ppo.update(0)
     assert_close(weights(ppo), updated(double=True, sharing="lora"), tolerance=1e-9)

@@ -299,7 +299,7 @@ def test_fewer_validation_prompts_than_processes_are_refused(run_folder, monkeyp
         ("--keep_rollout_every=-1", "keep_rollout_every: must be at least 0, got -1"),
         ("--max_response_tokens=60", "92 exceeds the model's context 64"),
         ("--max_prompt_tokens=1", "none of the .* train prompts has at most 1 tokens"),
-        ("--precision=half", "precision: must be auto, bf16 or fp32, got 'half'"),
+        ("--precision=half", "precision: must be one of auto, bf16, fp32, got 'half'"),
         ("--kl.coef=-1", "kl.coef: must be at least 0"),
         ("--kl.controller=pid", "kl.controller: must be fixed or adaptive, got 'pid'"),
         ("--kl.target=0", "kl.target: must be positive"),

@@ -1,0 +1,110 @@
+"""The ppo stage with models divided over two real processes, and what it refuses to divide."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.checkpoint import open_artifact
+from pipeline.errors import UserError
+from pipeline.ppo.wanted import check_sharding
+from stages import data, ppo, tokenizer
+from tests.stages.test_ppo import make_models
+from tests.support import assert_close
+
+CURVES = 1e-3
+"""Of perplexities of some 500, and so of one part in a million; measured: 1.8e-4."""
+WEIGHTS = 1e-5
+"""A thirtieth of an AdamW step."""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    run = tmp_path_factory.mktemp("ppo")
+    plain = ["--recipe=smoke", f"--run={run}", "--tracking=none"]
+    assert data.main(plain) == 0
+    assert tokenizer.main(plain) == 0
+    make_models(run)
+    return run
+
+
+def words(run, *more):
+    sizes = ["--updates=2", "--saving.every=1", "--validate_every=1", "--validation_prompts=5"]
+    return ["--recipe=smoke", f"--run={run}", "--tracking=none", "--threads=1", *sizes, *more]
+
+
+def curves(run):
+    rows = [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows], torch.tensor([v for row in rows for v in row.values()])
+
+
+def test_divided_models_make_the_run_of_whole_ones_and_either_goes_on(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    assert ppo.main(words(run_folder)) == 0
+    launch = [sys.executable, "-m", "pipeline.launch", "2", "stages.ppo"]
+    subprocess.run(
+        [*launch, *words(run, "--sharding=fsdp2", "--activation_checkpointing=true")],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        timeout=900,
+        check=True,
+    )
+    chosen = open_artifact(run / "ppo", kind="causal-lm").content["chosen"]
+    assert (chosen["sharding"], chosen["workers"], chosen["world_size"]) == ("fsdp2", 1, 2)
+
+    def same():
+        assert curves(run)[0] == curves(run_folder)[0]
+        assert_close(curves(run)[1], curves(run_folder)[1], tolerance=CURVES)
+        for name in ("model.safetensors", "value/model.safetensors"):
+            ours, theirs = (load_file(folder / "ppo" / name) for folder in (run, run_folder))
+            assert ours.keys() == theirs.keys()
+            for key, weight in ours.items():
+                assert_close(weight, theirs[key], tolerance=WEIGHTS)
+
+    same()
+    # One process with whole models goes on from the point of two that held a part each.
+    (run / "ppo" / "manifest.json").unlink()
+    shutil.rmtree(run / "ppo" / "checkpoints" / "step-2")
+    assert ppo.main(words(run)) == 0
+    same()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "--sharding=zero",
+            "sharding: must be one of auto, none, fsdp2, fsdp2_offload, got 'zero'",
+        ),
+        ("--sharding=fsdp2", "sharding: fsdp2 divides models over processes, and there is one"),
+    ],
+)
+def test_a_mistake_is_one_line(run_folder, caplog, word, message):
+    assert ppo.main(words(run_folder, word)) == 2
+    assert message in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("roles", ["lora", "trunk"])
+def test_roles_that_share_weights_are_not_divided(roles):
+    with pytest.raises(UserError, match=f"divides models of their own, not those of roles {roles}"):
+        check_sharding("fsdp2", roles=roles, engine="native", num_processes=2, on_gpu=False)
+    check_sharding("none", roles=roles, engine="native", num_processes=1, on_gpu=False)
+
+
+def test_weights_are_offloaded_from_gpus_only():
+    with pytest.raises(UserError, match="fsdp2_offload moves weights to a GPU for each layer, and"):
+        check_sharding(
+            "fsdp2_offload", roles="separate", engine="native", num_processes=2, on_gpu=False
+        )
+    check_sharding("fsdp2_offload", roles="separate", engine="native", num_processes=2, on_gpu=True)
+
+
+def test_only_the_native_engine_samples_by_divided_weights():
+    with pytest.raises(UserError, match="engine.name: vllm_server takes whole weights, and shard"):
+        check_sharding(
+            "fsdp2", roles="separate", engine="vllm_server", num_processes=2, on_gpu=True
+        )
