@@ -15,7 +15,7 @@ from pipeline.errors import UserError, told
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
-from pipeline.sequences import collate, last_states, wide
+from pipeline.sequences import collate, states_at, wide
 from pipeline.shapes import is_number, is_whole
 from pipeline.storage import read_json
 from pipeline.streams import stream
@@ -273,7 +273,9 @@ def last_token_scores(
 ) -> Float[Tensor, "batch"]:
     """Returns raw scores read at the last real token of each row, float32 or wider."""
     batch = collate(prompts, responses, pad_id=pad_id, packed=is_packed(model)).to(model.device)
-    raw: Tensor = model.score(last_states(model, batch)[batch.last()])[:, 0]
+    wanted = torch.zeros_like(batch.response_mask)
+    wanted[batch.last()] = True
+    raw: Tensor = model.score(states_at(model, batch, wanted))[:, 0]
     return wide(raw)
 
 
