@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from pipeline.fitting import IGNORED
-from pipeline.sequences import wide
+from pipeline.logprobs import wide
 
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at a time. 64 to 512 take about the same time."""

@@ -12,10 +12,11 @@ from pipeline.architecture import Architecture
 from pipeline.attention import is_packed
 from pipeline.config import require
 from pipeline.errors import UserError, told
+from pipeline.logprobs import wide
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
-from pipeline.sequences import collate, states_at, wide
+from pipeline.sequences import collate, states_at
 from pipeline.shapes import is_number, is_whole
 from pipeline.storage import read_json
 from pipeline.streams import stream

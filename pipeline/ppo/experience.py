@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.attention import is_packed
+from pipeline.logprobs import wide
 from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import k1
@@ -20,7 +21,6 @@ from pipeline.sequences import (
     response_tokens,
     token_logprobs,
     token_logprobs_and_entropy,
-    wide,
 )
 from pipeline.sizes import filled_up
 

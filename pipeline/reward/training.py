@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from pipeline.errors import UserError
+from pipeline.logprobs import wide
 from pipeline.models import head_of, load_with_new_head
 from pipeline.reward.loss import comparison_loss
-from pipeline.sequences import wide
 from pipeline.streams import stream
 
 
