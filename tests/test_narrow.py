@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from pipeline.lora import quiet_about_old_names
 from pipeline.narrow import narrowed
 from pipeline.ppo import rollout
 from pipeline.ppo.rollout import generate, uniforms
@@ -21,12 +23,28 @@ def sampled(model, monkeypatch, *, plain, workers=1):
         )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_tokens_and_their_figures_are_those_of_autocast_alone(monkeypatch, tied, workers):
+def plain_model():
+    return tiny_llama()
+
+
+def tied_model():
     model = tiny_llama()
-    if tied:
-        model.lm_head.weight = model.base_model.embed_tokens.weight
+    model.lm_head.weight = model.base_model.embed_tokens.weight
+    return model
+
+
+def adapted_model():
+    model = tiny_llama()
+    modules = ["q_proj", "down_proj"]
+    with quiet_about_old_names():
+        get_peft_model(model, LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
+    return model.eval()
+
+
+@pytest.mark.parametrize("build", [plain_model, tied_model, adapted_model])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tokens_and_their_figures_are_those_of_autocast_alone(monkeypatch, build, workers):
+    model = build()
     before = dict(model.named_parameters())
     plain = sampled(model, monkeypatch, plain=True)
     narrow = sampled(model, monkeypatch, plain=False, workers=workers)
