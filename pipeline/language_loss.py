@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from pipeline.fitting import IGNORED
-from pipeline.sequences import wide
+from pipeline.logprobs import wide
 from pipeline.sharding import call_of, in_one_pass
 
 CHUNK_LOGITS = 2**22

@@ -12,10 +12,11 @@ from pipeline.architecture import Architecture
 from pipeline.attention import is_packed
 from pipeline.config import require
 from pipeline.errors import UserError, told
+from pipeline.logprobs import wide
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
-from pipeline.sequences import collate, last_states, wide
+from pipeline.sequences import collate, states_at
 from pipeline.shapes import is_number, is_whole
 from pipeline.sharding import in_one_pass
 from pipeline.storage import read_json
@@ -274,9 +275,11 @@ def last_token_scores(
 ) -> Float[Tensor, "batch"]:
     """Returns raw scores read at the last real token of each row, float32 or wider."""
     batch = collate(prompts, responses, pad_id=pad_id, packed=is_packed(model)).to(model.device)
+    wanted = torch.zeros_like(batch.response_mask)
+    wanted[batch.last()] = True
 
     def raw_scores() -> Tensor:
-        raw: Tensor = model.score(last_states(model, batch)[batch.last()])[:, 0]
+        raw: Tensor = model.score(states_at(model, batch, wanted))[:, 0]
         return raw
 
     return wide(in_one_pass(model, raw_scores))

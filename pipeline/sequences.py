@@ -1,6 +1,7 @@
 """Prompts and responses as tensors: right-padded batches and the policy's log-probabilities."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention import packed_inputs
+from pipeline.last_layer import only
+from pipeline.logprobs import picked, wide
 from pipeline.sizes import filled_up
 
-PIECE_TOKENS = 512
-"""Tokens whose distributions exist at a time: 100 MB for a vocabulary of 50,000."""
+PIECE_TOKENS = 1024
+"""Tokens whose logits exist at a time: 200 MB in float32 for a vocabulary of 50,000."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,21 @@ def response_states(model: Any, batch: Batch) -> Float[Tensor, "token width"]:
 
     Rows come in row-major order of `batch.response_mask`.
     """
-    states: Tensor = last_states(model, batch)[:, :-1][batch.response_mask[:, 1:]]
-    return states
+    before = batch.response_mask.roll(-1, dims=1)
+    before[:, -1] = False
+    return states_at(model, batch, before)
 
 
-def last_states(model: Any, batch: Batch) -> Float[Tensor, "batch time width"]:
-    """Returns the last hidden state at every position of a batch."""
-    hidden: Tensor = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
-    return hidden[:, : batch.input_ids.shape[1]]
+def states_at(
+    model: Any, batch: Batch, wanted: Bool[Tensor, "batch time"]
+) -> Float[Tensor, "token width"]:
+    """Returns the last hidden states where wanted is True, in row-major order."""
+    inputs = batch.inputs()
+    length = inputs["input_ids"].shape[1]
+    packed = only(wanted[0].nonzero()[:, 0], length=length) if batch.row_lengths else nullcontext()
+    with packed:
+        hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, : wanted.shape[1]][wanted]
 
 
 def next_logits(
@@ -128,11 +138,6 @@ def next_logits(
     """Returns the logits after each state, divided by the temperature, float32 or wider."""
     logits = model.get_output_embeddings()(states)
     return wide(logits) / temperature
-
-
-def wide(values: Tensor) -> Tensor:
-    """Returns floats in float32, or as they are where that is wider."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def pad_tokens(
@@ -154,8 +159,8 @@ def token_logprobs(
     """Returns log pi of each token after its state."""
 
     def figures(states: Tensor, tokens: Tensor) -> tuple[Tensor]:
-        logprobs = next_logprobs(model, states, temperature=temperature)
-        return (logprobs.gather(1, tokens[:, None])[:, 0],)
+        logits = model.get_output_embeddings()(states)
+        return (picked(logits, tokens, temperature=temperature)[0],)
 
     return _in_pieces(figures, states, tokens)[0]
 
@@ -170,9 +175,10 @@ def token_logprobs_and_entropy(
     """Returns log pi of each token after its state, and -sum p log p there, in nats."""
 
     def figures(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = next_logprobs(model, states, temperature=temperature)
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-        return chosen, -(logprobs.exp() * logprobs).sum(dim=-1)
+        logits = model.get_output_embeddings()(states)
+        chosen, entropies = picked(logits, tokens, temperature=temperature, entropy=True)
+        assert entropies is not None
+        return chosen, entropies
 
     chosen, entropy = _in_pieces(figures, states, tokens)
     return chosen, entropy
@@ -183,7 +189,7 @@ def _in_pieces(
     states: Float[Tensor, "token width"],
     tokens: Int[Tensor, " token"],
 ) -> list[Float[Tensor, " token"]]:
-    """Returns figures of all tokens without the distributions of all of them at once.
+    """Returns figures of all tokens without the logits of all of them at once.
 
     They come piece by piece, and so do their gradients, for which each piece is computed again:
     what is held does not grow with the number of tokens times the vocabulary.

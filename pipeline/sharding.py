@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import require
 from pipeline.distributed import is_main, world_size
+from pipeline.last_layer import as_wanted_now
 
 Result = TypeVar("Result")
 
@@ -249,9 +250,12 @@ def recompute(model: nn.Module) -> None:
         "again; set it to false",
     )
     for layer in layers:
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        layer.forward = functools.partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    call = as_wanted_now(forward)
+    return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 def outline_of(model: nn.Module) -> nn.Module:

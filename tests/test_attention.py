@@ -82,7 +82,12 @@ def test_bfloat16_is_attended_to_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         wide = [part.float() for part in parts]
         under, _ = packed_attention(torch.nn.Identity(), *wide, None, row_lengths=(4, 5))
+        parts = [part.bfloat16() for part in wide]
+        padded, _ = packed_attention(torch.nn.Identity(), *parts, None, is_causal=True)
+        whole, _ = packed_attention(torch.nn.Identity(), *wide, None, row_lengths=(9,))
+    assert padded.dtype == torch.bfloat16
     assert torch.equal(under, exact)
+    assert torch.equal(padded, whole.bfloat16())
 
 
 def test_packed_batches_by_hand():

@@ -19,7 +19,7 @@ from pipeline.ppo.rollout import Sampled
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.trainer import PPOTrainer
 
-MICROBATCH = 8
+MICROBATCH = 16
 """Rows that go through the models together; gradients do not depend on it."""
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.attention import is_packed
+from pipeline.logprobs import wide
 from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import k1
@@ -21,7 +22,6 @@ from pipeline.sequences import (
     response_tokens,
     token_logprobs,
     token_logprobs_and_entropy,
-    wide,
 )
 from pipeline.sharding import in_one_pass
 from pipeline.sizes import filled_up

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.logprobs import wide
 from pipeline.models import by_length
+from pipeline.narrow import narrowed
 from pipeline.parallel import side_by_side
 from pipeline.ppo.cache import make_room
-from pipeline.sequences import wide
 from pipeline.sizes import ROWS, rounded
 
 ENGINE_LOGPROBS = "engine_logprobs"
@@ -125,7 +126,8 @@ def generate(
         batch = _Decoding(model, [prompts[row] for row in rows], pad_id=pad_id)
         return batch.run(uniforms[rows], temperature=temperature, eos_id=eos_id)
 
-    parts = list(side_by_side(continued, batches, workers=workers))
+    with narrowed(model):
+        parts = list(side_by_side(continued, batches, workers=workers))
     rows = [row for batch in batches for row in batch]
     order = sorted(range(len(rows)), key=rows.__getitem__)
 

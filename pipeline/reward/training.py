@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, Trainer
 
 from pipeline.distributed import in_step
 from pipeline.errors import UserError
+from pipeline.logprobs import wide
 from pipeline.models import head_of, load_with_new_head
 from pipeline.reward.loss import comparison_loss
-from pipeline.sequences import wide
 from pipeline.sharding import call_of, in_one_pass, is_divided
 from pipeline.streams import stream
 

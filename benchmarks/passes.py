@@ -1,0 +1,139 @@
+"""What each saving is worth: one thread's passes of workload S, with it and without it in turn.
+
+Milliseconds are the thread's own, so that other work on the machine lengthens them little.
+
+Run     python -m benchmarks.passes          prints the tables of docs/performance.md
+"""
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.versus_trl.ours import Replaying, build
+from benchmarks.versus_trl.workload import WORKLOADS, write
+from pipeline import sequences
+from pipeline.ppo import rollout
+from pipeline.ppo.passes import Job, Lesson, Microbatch, precision_context
+from pipeline.ppo.rollout import Sampled, generate, uniforms
+
+TURNS = 4
+ROWS = 16
+RESPONSES = 32
+
+
+@contextlib.contextmanager
+def nothing(*_: Any, **__: Any) -> Iterator[None]:
+    """Stands in for a context that saves something."""
+    yield
+
+
+def plainly(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, **_: Any
+) -> tuple[Tensor, None]:
+    """Returns log-probabilities as autograd goes back through them."""
+    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
+    return logprobs.gather(1, tokens[:, None])[:, 0], None
+
+
+WITHOUT = {
+    "whole last layer": (sequences, "only", nothing),
+    "plain log-softmax": (sequences, "picked", plainly),
+    "512 tokens of the head": (sequences, "PIECE_TOKENS", 512),
+}
+
+
+def jobs(trainer: Replaying, kind: str, *, microbatch: int) -> list[Job]:
+    """Returns the passes of one minibatch."""
+    prompts = list(trainer.prompts)
+    responses = [trainer.replays[0][tuple(prompt)] for prompt in prompts]
+    experience = trainer.measure(prompts, Sampled(responses))
+    lesson = Lesson(experience, experience.logprobs, experience.values, 0.0)
+    rows = torch.arange(ROWS)
+    rows = rows[experience.lengths[rows].argsort(stable=True)]
+    micros = [
+        Microbatch.of(lesson, part, roles=trainer.roles, pad_id=trainer.pad_id)
+        for part in rows.split(microbatch)
+    ]
+    return [Job(kind, micro, 500, ["policy", "value"]) for micro in micros]
+
+
+def timed(variants: dict[str, Callable[[], Any]]) -> str:
+    """Returns smallest and median milliseconds of each, taken in turn; one turn to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(TURNS + 1):
+        for name, run in variants.items():
+            start = time.thread_time()
+            run()
+            taken[name].append(1e3 * (time.thread_time() - start))
+    cells = [f"{min(times[1:]):.0f} ({median(times[1:]):.0f})" for times in taken.values()]
+    return " | ".join(cells)
+
+
+def training(trainer: Replaying, kind: str, *, microbatch: int) -> dict[str, Callable[[], Any]]:
+    """Returns passes forward and backward: all savings on, then each alone off."""
+    work, worker = jobs(trainer, kind, microbatch=microbatch), trainer.optimiser.crew.workers[0]
+
+    def run() -> None:
+        for job in work:
+            worker.backward(job)
+
+    def without(*what: Any) -> Callable[[], None]:
+        def patched() -> None:
+            with mock.patch.object(*what):
+                run()
+
+        return patched
+
+    return {"now": run, **{name: without(*what) for name, what in WITHOUT.items()}}
+
+
+def decoding(trainer: Replaying, precision: str) -> dict[str, Callable[[], Any]]:
+    """Returns generations: as it is, and with weights that are cast at every step."""
+    numbers = uniforms(0, update=0, rows=range(RESPONSES), positions=64)
+
+    def run() -> None:
+        with precision_context(precision, torch.device("cpu")):
+            generate(
+                trainer.roles.policy, trainer.prompts[:RESPONSES], uniforms=numbers,
+                eos_id=trainer.eos_id, pad_id=trainer.pad_id,
+            )  # fmt: skip
+
+    def cast() -> None:
+        with mock.patch.object(rollout, "narrowed", nothing):
+            run()
+
+    return {"now": run, "cast every step": cast}
+
+
+def main() -> None:
+    """Prints smallest and median milliseconds of a thread."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(WORKLOADS["S"], folder, rollouts=1)
+        trainers = {precision: build(folder, precision=precision) for precision in ("fp32", "bf16")}
+    sys.stdout.write(
+        f"| pass | rows at once | now | {' | '.join(WITHOUT)} |\n|---|---|---|---|---|---|\n"
+    )
+    for precision, trainer in trainers.items():
+        for kind in ("policy", "value"):
+            for microbatch in (8, 16):
+                cells = timed(training(trainer, kind, microbatch=microbatch))
+                sys.stdout.write(f"| {precision} {kind} | {microbatch} | {cells} |\n")
+                sys.stdout.flush()
+    sys.stdout.write("\n| decoding | now | cast every step |\n|---|---|---|\n")
+    for precision, trainer in trainers.items():
+        sys.stdout.write(f"| {precision} | {timed(decoding(trainer, precision))} |\n")
+
+
+if __name__ == "__main__":
+    main()
