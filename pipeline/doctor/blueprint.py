@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,9 +188,8 @@ def _on_one_base(
     )
 
 
-def tensors_of(models: Iterable[Any]) -> Iterator[Tensor]:
-    """Yields the parameters and buffers of models, or of roles that read through some."""
-    for model in models:
-        for module in model.modules():
-            yield from module.parameters(recurse=False)
-            yield from module.buffers(recurse=False)
+def tensors_of(model: Any) -> Iterator[Tensor]:
+    """Yields the parameters and buffers of a model, or of a role that reads through one."""
+    for module in model.modules():
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)

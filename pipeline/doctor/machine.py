@@ -168,13 +168,47 @@ def _sharding(kind: str, *, fsdp: Mapping[str, Any], deepspeed: Mapping[str, Any
     )
 
 
-def this_processor(processes: int) -> Machine:
-    """Returns the processor of this machine, its rates measured now; processes share its threads.
+def gpus(kind: str, *, processes: int, memory: int, sharding: Sharding) -> Machine:
+    """Returns so many GPUs.
 
-    Rates are those of one process with its share of the threads.
+    Args:
+        kind: a name in `GPUS`; empty for the first, or for that with the memory.
+        processes: one a GPU.
+        memory: bytes of one; 0 for the kind's own.
+        sharding: of the models.
+
+    Raises:
+        UserError: no such kind.
+    """
+    require(
+        not kind or kind in GPUS,
+        f"--device: must be one of {', '.join(GPUS)}, got {kind!r}; or say --device_memory",
+    )
+    chosen = GPUS[kind or next(iter(GPUS))]
+    room = memory or chosen.memory
+    name = f"GPUs of {room / GB:.0f} GB, as fast as {kind or next(iter(GPUS))}"
+    return Machine(
+        name=name,
+        processes=processes,
+        memory=room,
+        rates=chosen.rates,
+        is_gpu=True,
+        sharding=sharding,
+    )
+
+
+def this_machine(processes: int) -> Machine:
+    """Returns this machine: its GPUs where it has some, else its processor.
+
+    A processor's rates are measured now, with one process's share of the threads; a GPU counts as
+    the first of `GPUS`, with its own memory.
     """
     import psutil
+    import torch
 
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return gpus("", processes=processes, memory=memory, sharding=Sharding())
     return Machine(
         name=f"this machine's processor, {num_cores()} cores",
         processes=processes,

@@ -4,7 +4,7 @@ Models of one layer and of two are rehearsed: every figure is linear in the numb
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pipeline.doctor.blueprint import Blueprint, roles_of, tensors_of
 from pipeline.doctor.ledger import Ledger, hollow
+from pipeline.evaluation.alignment_tax import ROWS_PER_BATCH
+from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from pipeline.fitting import mean_nll, prefer_fast_attention
 from pipeline.language_loss import labelled_nll, plain_head
 from pipeline.lora import LoRA, with_adapter
-from pipeline.models import last_token_scores
 from pipeline.optim import build_optimizer
 from pipeline.ppo.cache import make_room
 from pipeline.ppo.passes import Lesson, precision_context
@@ -24,9 +25,13 @@ from pipeline.ppo.settings import Settings
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.data import RankingCollator
 from pipeline.reward.loss import comparison_loss
+from pipeline.reward.scores import raw_scores
 from pipeline.reward.training import add_dropout, ranking_scores
 from pipeline.training import Training
 
+ROLES = ("policy", "reference", "reward model", "value")
+SCORED = 64
+"""Texts that are scored at once (`pipeline.reward.scores.raw_scores`)."""
 PAD, EOS, WORD = 0, 1, 2
 """Tokens of made-up rows; none of them ends."""
 CPU = torch.device("cpu")
@@ -48,6 +53,19 @@ class Moment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Role:
+    """Bytes of one of the four models of ppo.
+
+    Attributes:
+        weights: of those that no role before it holds.
+        trained: of those that move.
+    """
+
+    weights: float
+    trained: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """What was seen of a stage.
 
@@ -56,12 +74,17 @@ class Rehearsal:
         gradients: bytes of the gradients of what is trained.
         optimizer: bytes of the optimizers' state.
         moments: pieces of its work by name.
+        roles: of ppo; what is shared counts for the first that holds it.
+        gathered: weights of what is outside the layers and of two layers: what a process holds
+            whole at a time where the rest is divided.
     """
 
     weights: float
     gradients: float
     optimizer: float
     moments: Mapping[str, Moment]
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    gathered: float = 0.0
 
     def at(self, layers: int, other: "Rehearsal") -> "Rehearsal":
         """Returns the rehearsal of so many layers; this one is of one layer, the other of two."""
@@ -82,16 +105,33 @@ class Rehearsal:
             gradients=line(self.gradients, other.gradients),
             optimizer=line(self.optimizer, other.optimizer),
             moments=moments,
+            roles={
+                name: Role(
+                    weights=line(role.weights, other.roles[name].weights),
+                    trained=line(role.trained, other.roles[name].trained),
+                )
+                for name, role in self.roles.items()
+            },
+            gathered=other.weights,
         )
 
 
 class Stage:
     """A stage's work on models of a blueprint, under a ledger."""
 
-    def __init__(self, ledger: Ledger, models: Sequence[Any]) -> None:
+    def __init__(self, ledger: Ledger, models: Mapping[str, Any]) -> None:
         self.ledger, self.moments = ledger, dict[str, Moment]()
-        ledger.hold(tensors_of(models))
+        self.roles = {name: self._hold(model) for name, model in models.items()}
         self.weights, self.optimizer, self.gradients = ledger.live, 0, 0
+
+    def _hold(self, model: Any) -> Role:
+        before = self.ledger.live
+        self.ledger.hold(tensors_of(model))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return Role(
+            weights=self.ledger.live - before,
+            trained=sum(p.numel() * p.element_size() for p in trained),
+        )
 
     def observe(self, name: str, action: Callable[[], Any]) -> None:
         """Notes what an action takes; what it returns is let go."""
@@ -99,19 +139,21 @@ class Stage:
         action()
         self.moments[name] = Moment(self.ledger.peak, self.ledger.seconds, self.ledger.flops)
 
-    def settle(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Makes the optimizers' state, and notes the size of it and of the gradients."""
+    def settle(self, optimizers: Sequence[torch.optim.Optimizer], *, foreach: bool) -> None:
+        """Makes the optimizers' state, and notes the size of it and of the gradients.
 
-        def step() -> None:
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        parameter.grad = torch.empty_like(parameter)
-            self.gradients = self.ledger.live - self.weights
-            for optimizer in optimizers:
-                optimizer.step()
-
-        step()
+        Args:
+            optimizers: of all that is trained; gradients are left to it.
+            foreach: whether AdamW moves all weights at once, as torch lets it on GPUs.
+        """
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group |= {"foreach": foreach} if "foreach" in group else {}
+                for parameter in group["params"]:
+                    parameter.grad = torch.empty_like(parameter)
+        self.gradients = self.ledger.live - self.weights
+        for optimizer in optimizers:
+            optimizer.step()
         self.optimizer = self.ledger.live - self.weights - self.gradients
         self.observe("step", lambda: [optimizer.step() for optimizer in optimizers])
 
@@ -122,6 +164,7 @@ class Stage:
             gradients=self.gradients,
             optimizer=self.optimizer,
             moments=self.moments,
+            roles=self.roles,
         )
 
 
@@ -155,6 +198,7 @@ def rehearse_language_model(
     lora: LoRA,
     batch: dict[str, Tensor],
     bf16: bool,
+    adds_up: bool = True,
 ) -> Rehearsal:
     """Returns what pretrain and sft do: passes on microbatches, steps, validation.
 
@@ -165,12 +209,13 @@ def rehearse_language_model(
         lora: adapters, if any.
         batch: of a pass.
         bf16: whether passes are in bfloat16.
+        adds_up: whether passes find gradients of others before them.
     """
     model = blueprint.causal_lm(quantised=lora.quantise == "4bit")
     trained = _adapted(model, lora, task="CAUSAL_LM")
     if blueprint.packs:  # on a processor
         prefer_fast_attention(trained, bf16=bf16 and training is not None)
-    stage = Stage(ledger, [trained])
+    stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
         if plain_head(model):
@@ -180,7 +225,9 @@ def rehearse_language_model(
 
     with ledger:
         if training is not None:
-            _rehearse_training(stage, trained, loss, training=training, bf16=bf16)
+            optimizer = build_optimizer(trained, training)
+            stage.settle([optimizer], foreach=not blueprint.packs)
+            _rehearse_training(stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up)
         stage.observe("validation", lambda: mean_nll(trained, [batch]))
     return stage.seen()
 
@@ -194,6 +241,7 @@ def rehearse_reward(
     batch: dict[str, Any],
     dropout: float,
     bf16: bool,
+    adds_up: bool = True,
 ) -> Rehearsal:
     """Returns what a reward stage does: passes on microbatches of rankings, and steps.
 
@@ -205,6 +253,7 @@ def rehearse_reward(
         batch: of `rankings`.
         dropout: in front of every layer.
         bf16: whether passes are in bfloat16.
+        adds_up: whether passes find gradients of others before them.
     """
     model = blueprint.classifier(quantised=lora.quantise == "4bit")
     trained = _adapted(model, lora, task="SEQ_CLS")
@@ -212,7 +261,7 @@ def rehearse_reward(
         add_dropout(model, probability=dropout)
     if blueprint.packs:
         prefer_fast_attention(trained, bf16=bf16)
-    stage = Stage(ledger, [trained])
+    stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
         scores = ranking_scores(trained, batch, unwrapped=trained)
@@ -220,7 +269,11 @@ def rehearse_reward(
         return comparison_loss(scores, **pairs)
 
     with ledger:
-        _rehearse_training(stage, trained, loss, training=training, bf16=bf16)
+        optimizer = build_optimizer(trained, training)
+        stage.settle([optimizer], foreach=not blueprint.packs)
+        _rehearse_training(stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up)
+        texts = [[WORD] * batch["length"]] * SCORED
+        stage.observe("validation", lambda: raw_scores(trained, texts, pad_id=PAD))
     return stage.seen()
 
 
@@ -243,7 +296,7 @@ def rankings(
         "worse": torch.tensor([1]),
         "targets": torch.ones(1),
     }
-    return RankingCollator(pad_id=PAD, packed=packed)([row] * rows)
+    return RankingCollator(pad_id=PAD, packed=packed)([row] * rows) | {"length": length}
 
 
 def _adapted(model: Any, lora: LoRA, *, task: str) -> Any:
@@ -253,12 +306,16 @@ def _adapted(model: Any, lora: LoRA, *, task: str) -> Any:
 
 
 def _rehearse_training(
-    stage: Stage, model: Any, loss: Callable[[], Tensor], *, training: Training, bf16: bool
+    stage: Stage,
+    model: Any,
+    loss: Callable[[], Tensor],
+    *,
+    optimizer: torch.optim.Optimizer,
+    bf16: bool,
+    adds_up: bool,
 ) -> None:
-    """Notes a step and a pass, on gradients that are there already where passes add up to a step."""
-    optimizer = build_optimizer(model, training)
-    stage.settle([optimizer])
-    if training.minibatch_size == training.microbatch_size:
+    """Notes a pass, in training mode; the optimizer is settled."""
+    if not adds_up:
         optimizer.zero_grad()
 
     def one_pass() -> None:
@@ -277,7 +334,7 @@ def rehearse_generation(
 ) -> Rehearsal:
     """Returns what a causal LM takes to reply: reading the prompts, and the last token's step."""
     model = blueprint.reader(blueprint.causal_lm())
-    stage = Stage(ledger, [model])
+    stage = Stage(ledger, {"model": model})
     with ledger:
         _rehearse_replies(stage, model, replies, precision=precision)
     return stage.seen()
@@ -329,43 +386,69 @@ def rehearse_ppo(
     roles: str,
     loras: tuple[LoRA, LoRA],
     replies: Replies,
-    rows: int,
 ) -> Rehearsal:
     """Returns what an update of ppo does: it replies, measures, scores, and optimises.
 
     Args:
         blueprint: of all four models.
         ledger: that counts.
-        settings: of the trainer; those of one microbatch or two.
+        settings: of the trainer; a rollout is one minibatch of one pass or two.
         roles: separate, trunk or lora.
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
-        rows: of a pass.
     """
     lora, reward_lora = loras
     critic = settings.advantage.needs_value_model
     four = roles_of(blueprint, roles=roles, lora=lora, reward_lora=reward_lora, critic=critic)
-    held = [role for role in (four.policy, four.reference, four.reward_model, four.value) if role]
-    stage = Stage(ledger, held)
+    named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
+    stage = Stage(ledger, {name: role for name, role in named if role is not None})
+    size = settings.minibatch_size
+    longest = replies.prompt + replies.response
+    text = torch.full((settings.microbatch_size, longest), WORD)
     trainer = PPOTrainer(
-        four, [[WORD]], settings=settings, accelerator=None, eos_id=EOS, pad_id=PAD
+        four,
+        [[WORD]],
+        settings=settings,
+        accelerator=None,  # it is asked for where processes are several
+        eos_id=EOS,
+        pad_id=PAD,
+        text=text if settings.optimisation.ptx_coef > 0 else None,
     )
-    prompts = [[WORD] * replies.prompt] * rows
-    responses = [[WORD] * replies.response] * rows
-    unknown = [torch.zeros(replies.response)] * rows
-    figures = {"logprobs": unknown, "entropy": unknown}
+    optimizers = trainer.optimiser.optimizers.values()
+    prompts, responses = [[WORD] * replies.prompt] * size, [[WORD] * replies.response] * size
+    unknown = [torch.zeros(replies.response)] * size
+    sampled = Sampled(responses, {"logprobs": unknown, "entropy": unknown})
     with ledger:
-        stage.settle(list(trainer.optimiser.optimizers.values()))
-        for optimizer in trainer.optimiser.optimizers.values():
+        stage.settle(list(optimizers), foreach=not blueprint.packs)
+        for optimizer in optimizers:
             optimizer.zero_grad()
         _rehearse_replies(stage, four.policy, replies, precision=settings.precision)
-        stage.observe(
-            "measure", lambda: trainer.measure(prompts, Sampled(responses, figures))
-        )
-        experience = trainer.measure(prompts, Sampled(responses, figures))
+        stage.observe("measure", lambda: trainer.measure(prompts, sampled))
+        experience = trainer.measure(prompts, sampled)
         zeros = torch.zeros(experience.mask.shape)
         lesson = Lesson(experience, zeros, zeros if critic else None, 0.0)
         stage.observe("optimise", lambda: trainer.optimiser.run(0, lesson))
-        text = torch.full((rows, replies.prompt + replies.response), WORD)
         stage.observe("text", lambda: trainer.text_perplexity(text))
+    return stage.seen()
+
+
+def rehearse_evaluation(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with its four models: replies, divergence, likelihood, text."""
+    policies = [blueprint.reader(blueprint.causal_lm()) for _ in range(3)]
+    reward = blueprint.reader(blueprint.classifier())
+    stage = Stage(ledger, dict(zip(("sft", "ppo", "pretrain"), policies)) | {"reward": reward})
+    sft, ppo, pretrain = policies
+    prompts, responses = replies.prompts, [[WORD] * replies.response] * replies.rows
+    rows = {"prompts": prompts, "responses": responses}
+    batching = Batching(pad_id=PAD, batch_size=replies.rows)
+    text = training_rows(ROWS_PER_BATCH, replies.prompt + replies.response)
+    with ledger:
+        _rehearse_replies(stage, sft, replies, precision="fp32")
+        stage.observe(
+            "divergence", lambda: divergence(ppo, reference=sft, **rows, batching=batching)
+        )
+        stage.observe(
+            "likelihood", lambda: negative_log_likelihood(pretrain, **rows, batching=batching)
+        )
+        stage.observe("text", lambda: mean_nll(sft, [text]))
     return stage.seen()
