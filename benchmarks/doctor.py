@@ -95,3 +95,62 @@ def start(stage: str, words: list[str], *, run: Path) -> None:
     """Runs a stage of the smoke recipe."""
     command = [sys.executable, "-m", f"stages.{stage}", "--recipe=smoke", f"--run={run}", *words]
     subprocess.run(command, check=True)
+
+
+def words_of(case: Case) -> list[str]:
+    """Returns the words of a case and of those that make its parents, as the doctor takes them."""
+    makers = {maker for maker in case.parents.values()}
+    before = [one for one in CASES if one.name in makers]
+    return [
+        f"--{one.stage}.{word.removeprefix('--')}" for one in (*before, case) for word in one.words
+    ]
+
+
+def predict(case: Case, root: Path) -> float:
+    """Returns what the doctor says that the stage's process takes, in MB."""
+    from pipeline.doctor.machine import this_machine
+    from pipeline.doctor.needs import Planner
+    from stages.doctor import Config, recipe_of
+
+    config = Config(recipe="smoke", run=str(root), words=tuple(words_of(case)))
+    recipe, machine = recipe_of(config), this_machine(1)
+    blueprint = recipe.blueprint(packs=True)
+    planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking)
+    need = planner.need(case.stage, recipe.configs)
+    sys.stderr.write(f"{case.name}: {need.peak}, base {need.base / 1e6:.0f} MB\n")
+    return need.total / 1e6
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Returns the table of docs/doctor.md, and the median error."""
+    lines = ["| stage | measured, MB | predicted, MB | error |", "|---|---|---|---|"]
+    errors = []
+    for name, found in results.items():
+        error = found["predicted"] / found["measured"] - 1
+        errors.append(abs(error))
+        cells = f"{found['measured']:,.0f} | {found['predicted']:,.0f} | {error:+.1%}"
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join([*lines, "", f"median error {median(errors):.1%}, largest {max(errors):.1%}"])
+
+
+def main() -> None:
+    """Measures what is not measured yet, predicts everything, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fresh", action="store_true", help="measure every case again")
+    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument("--root", default="runs/doctor", help="folder of the runs")
+    options = parser.parse_args()
+    root = Path(options.root)
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results = {} if options.fresh else known
+    for case in CASES:
+        if case.name not in results and not options.predict:
+            results[case.name] = {"measured": measure(case, root)}
+        if case.name in results:
+            results[case.name]["predicted"] = predict(case, root)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
