@@ -78,6 +78,7 @@ class Blueprint:
             model.set_attn_implementation(PACKED)
         return hollow(model)
 
+
 def _made(auto_class: Any, config: Any, *, quantised: bool) -> Any:
     with torch.device("meta"):
         model = auto_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
@@ -175,9 +176,7 @@ def roles_of(
     return Roles(policy, reference.requires_grad_(False), reward_model, value)
 
 
-def _on_one_base(
-    blueprint: Blueprint, *, lora: LoRA, reward_lora: LoRA, critic: bool
-) -> Roles:
+def _on_one_base(blueprint: Blueprint, *, lora: LoRA, reward_lora: LoRA, critic: bool) -> Roles:
     names = ["value", "reward"] if critic else ["reward"]
     base = _Base(blueprint, {"policy": lora, **dict.fromkeys(names, reward_lora)})
     return Roles(

@@ -38,7 +38,9 @@ class Finding:
     text: str
 
 
-def examine(recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float) -> list[Finding]:
+def examine(
+    recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float
+) -> list[Finding]:
     """Returns all findings.
 
     Args:
@@ -53,7 +55,7 @@ def examine(recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: fl
             found += look(recipe, machine)
         except UserError as error:
             found.append(Finding("wrong", str(error)))
-    return [*found, disk(recipe, needs, copy=copy)]
+    return [*found, disk(recipe, machine, needs, copy=copy)]
 
 
 def architecture(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
@@ -121,7 +123,7 @@ def agreement(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
         elif load_tokenizer(ours).get_vocab() == load_tokenizer(folder).get_vocab():
             yield Finding("good", f"reward model {source.label} reads the policy's tokens")
         elif own or not source.is_stage:
-            yield Finding("good", f"reward model {source.label} reads the text by its own tokenizer")
+            yield Finding("good", f"reward model {source.label} reads the text anew")
         else:
             text = f"reward model {source.label} has another tokenizer than the policy"
             yield Finding("wrong", f"{text}. Run: make {source.model} FORCE=1")
@@ -138,8 +140,8 @@ def batches(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     if ppo.minibatch_size % processes:
         yield Finding(
             "wrong",
-            f"ppo: minibatch_size {ppo.minibatch_size} leaves some of {processes} processes more to "
-            f"do than others. Take a multiple of {processes}",
+            f"ppo: minibatch_size {ppo.minibatch_size} divides unevenly over {processes} processes; "
+            f"take a multiple of {processes}",
         )
     else:
         yield Finding("good", f"batch sizes divide over {processes} process(es)")
@@ -171,7 +173,9 @@ def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
         return
     whole = [stage for stage in ("ppo", "evaluate") if stage not in SHARDS]
     names = " and ".join(whole)
-    text = f"{names} of {recipe.name} cannot divide their models, and refuse {machine.sharding.kind}"
+    text = (
+        f"{names} of {recipe.name} cannot divide their models, and refuse {machine.sharding.kind}"
+    )
     yield Finding("wrong", f"{text}. Run them with configs/accelerate/ddp.yaml")
 
 
@@ -181,7 +185,9 @@ def libraries(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     found = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
     other = [f"{name} {found[name]} (tested: {pins[name]})" for name in LIBRARIES
              if found[name] != pins[name]]  # fmt: skip
-    text = f"{', '.join(other)}. Run: make install" if other else "libraries are the tested versions"
+    text = (
+        f"{', '.join(other)}. Run: make install" if other else "libraries are the tested versions"
+    )
     yield Finding("wrong" if other else "good", text)
     configs = recipe.configs.values()
     four_bit = any(getattr(getattr(c, "lora", None), "quantise", "none") == "4bit" for c in configs)
@@ -204,7 +210,7 @@ def tracking(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
         yield Finding("good", "wandb has no key: it writes offline, and stages say how to sync")
 
 
-def disk(recipe: Recipe, needs: Sequence[Need], *, copy: float) -> Finding:
+def disk(recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float) -> Finding:
     """Returns whether the disk holds every stage's model and its resume points."""
     wanted = 0.0
     for need in needs:
@@ -214,9 +220,12 @@ def disk(recipe: Recipe, needs: Sequence[Need], *, copy: float) -> Finding:
             continue
         models = 2 if need.stage == "ppo" else 1
         wanted += models * copy + POINT_COPIES * need.trained * (config.saving.keep + 1)
+    text = f"disk: models and resume points take {wanted / 1e9:,.1f} GB"
+    if not machine.is_here:
+        return Finding("unknown", text)
     place = next(p for p in (recipe.folder, *recipe.folder.parents) if p.is_dir())
     free = shutil.disk_usage(place).free
-    text = f"disk: models and resume points take {wanted / 1e9:,.1f} GB, {free / 1e9:,.1f} are free"
+    text += f", {free / 1e9:,.1f} are free"
     if free < wanted:
         return Finding("wrong", f"{text}. Free some, or choose another folder with RUN=")
     return Finding("good", text)

@@ -6,7 +6,7 @@ What is said here of GPUs is their makers' data; none of it was measured by this
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class Machine:
         memory: bytes of one device; of a processor, what all its processes share.
         rates: of one device.
         is_gpu: whether devices are GPUs.
+        is_here: whether it is this machine.
         sharding: of the models.
     """
 
@@ -113,6 +114,7 @@ class Machine:
     memory: int
     rates: Rates
     is_gpu: bool
+    is_here: bool = False
     sharding: Sharding = field(default_factory=Sharding)
 
     @property
@@ -208,18 +210,20 @@ def this_machine(processes: int) -> Machine:
 
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        return gpus("", processes=processes, memory=memory, sharding=Sharding())
+        found = gpus("", processes=processes, memory=memory, sharding=Sharding())
+        return replace(found, is_here=True)
     return Machine(
         name=f"this machine's processor, {num_cores()} cores",
         processes=processes,
         memory=psutil.virtual_memory().total,
         rates=measured_rates(max(1, num_cores() // processes)),
         is_gpu=False,
+        is_here=True,
     )
 
 
 def measured_rates(threads: int) -> Rates:
-    """Returns what so many threads reach here, by the fastest of a few small products and copies."""
+    """Returns what so many threads reach here: the fastest of a few small products and copies."""
     import torch
 
     before = torch.get_num_threads()

@@ -21,7 +21,8 @@ def changes(stage: str, config: Any) -> Iterator[list[str]]:
         yield smallest
         size //= 2
     if stage == "ppo" and config.roles != "lora":
-        yield [*smallest, "--ppo.roles=lora", f"--ppo.lora.rank={RANK}", f"--reward.lora.rank={RANK}"]
+        ranks = [f"--{name}.lora.rank={RANK}" for name in ("ppo", "reward")]
+        yield [*smallest, "--ppo.roles=lora", *ranks]
     elif hasattr(config, "lora") and not config.lora.rank:
         yield [*smallest, f"--{stage}.lora.rank={RANK}"]
 
@@ -43,6 +44,7 @@ def mend(stage: str, config: Any, *, attempt: Callable[[list[str]], Need]) -> st
     if stage in ("ppo", "evaluate"):
         return f"{least}take a smaller model, or devices with more memory"
     return (
-        f"{least}divide the model over more GPUs (ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml), "
+        f"{least}divide the model over more GPUs (ACCELERATE_CONFIG="
+        "configs/accelerate/fsdp2.yaml), "
         "or take a smaller one"
     )

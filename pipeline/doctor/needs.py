@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pipeline.distributed import num_cores
 from pipeline.doctor.blueprint import Blueprint
 from pipeline.doctor.ledger import Ledger
 from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
@@ -23,7 +24,6 @@ from pipeline.doctor.rehearsal import (
     rehearse_reward,
     training_rows,
 )
-from pipeline.distributed import num_cores
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 
@@ -37,6 +37,7 @@ GENERATED = 256
 """Most rows that are generated together (`pipeline.ppo.rollout.generate`)."""
 PROMPT_SHARE = 0.25
 """Share of a text that is taken for its prompt, where settings bound both together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
@@ -298,7 +299,7 @@ class Planner:
         return wanted or min(2, threads)
 
     def _adds_up(self, training: Any) -> bool:
-        """Whether gradients of other passes are there; where they are divided they count as such."""
+        """Whether gradients of other passes are there, or count as such since they are divided."""
         together = training.microbatch_size * self.machine.processes
         return training.minibatch_size > together or self.machine.sharding.divides_state
 
@@ -322,9 +323,7 @@ class Planner:
         pages = 0.0 if self.machine.is_gpu else copy
         yield self._held(rehearsal, "merge adapter", gradients=False, extra=copy + pages)
         looking = self._peak(rehearsal, "validation")
-        yield replace(
-            looking, moment="validate merged", weights=looking.weights + copy
-        )
+        yield replace(looking, moment="validate merged", weights=looking.weights + copy)
 
     def _constants(self, rehearsal: Rehearsal, config: Any) -> Peak:
         """The SFT model replies beside the reward model, to normalise its scores."""
@@ -384,9 +383,7 @@ class Planner:
             working=extra + gathered,
         )
 
-    def _steps(
-        self, stage: str, rehearsal: Rehearsal, training: Any, peaks: list[Peak]
-    ) -> Need:
+    def _steps(self, stage: str, rehearsal: Rehearsal, training: Any, peaks: list[Peak]) -> Need:
         passes = training.minibatch_size / training.microbatch_size / self.machine.processes
         moments = rehearsal.moments
         seconds = passes * moments["pass"].seconds + moments["step"].seconds

@@ -1,10 +1,14 @@
 """A recipe's settings of all stages, and the architecture of its models before any is here."""
 
-import os
+import contextlib
+import functools
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.config import require
 from pipeline.doctor.blueprint import Blueprint
@@ -13,6 +17,7 @@ from pipeline.pretrained import from_pretrained
 
 PATIENCE = 3.0
 """Seconds that the hub has to answer for a model's config.json."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PAIR = 2
 """Texts of a ranking that is a pair."""
 
@@ -98,23 +103,28 @@ class Recipe:
         return int(self.configs["tokenizer"].vocabulary_size)
 
 
+@functools.cache
 def config_folder(init_from: str) -> Path | None:
-    """Returns the folder with the config.json of a model: on this disk, in the hub's cache, or
-    fetched from the hub; None where it is none of these."""
-    if not init_from or init_from.startswith("package:") or init_from.endswith(".gguf"):
-        return None
-    if (Path(init_from) / "config.json").is_file():
+    """Returns the folder with the config.json of a model; None where it is not reached.
+
+    It may lie on this disk, in the hub's cache, or on the hub.
+    """
+    if (Path(init_from or "-") / "config.json").is_file():
         return Path(init_from)
-    if Path(init_from).is_absolute() or init_from.count("/") != 1:
+    if not HUB_ID.fullmatch(init_from) or init_from.endswith(".gguf"):
         return None
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     known = try_to_load_from_cache(init_from, "config.json")
-    if isinstance(known, str):
-        return Path(known).parent
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        return None
-    try:
-        return Path(hf_hub_download(init_from, "config.json", etag_timeout=PATIENCE)).parent
-    except (OSError, ValueError):  # of no network, no such model, no permission
-        return None
+    if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(OSError, ValueError):  # no network, no such model, no permission
+            _knock(constants.ENDPOINT)
+            known = hf_hub_download(init_from, "config.json", etag_timeout=PATIENCE)
+    return Path(known).parent if isinstance(known, str) else None
+
+
+def _knock(endpoint: str) -> None:
+    """Raises OSError where a server does not answer at once; the hub's client tries for minutes."""
+    address = urlsplit(endpoint)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    socket.create_connection((address.hostname or "", port), timeout=PATIENCE).close()

@@ -1,4 +1,4 @@
-"""Every stage's own passes, rehearsed on tensors without contents: what they hold, how long they take.
+"""Every stage's own passes on tensors without contents: what they hold, how long they take.
 
 Models of one layer and of two are rehearsed: every figure is linear in the number of layers.
 """
@@ -148,7 +148,8 @@ class Stage:
         """
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group |= {"foreach": foreach} if "foreach" in group else {}
+                if "foreach" in group:
+                    group["foreach"] = foreach
                 for parameter in group["params"]:
                     parameter.grad = torch.empty_like(parameter)
         self.gradients = self.ledger.live - self.weights
@@ -227,7 +228,9 @@ def rehearse_language_model(
         if training is not None:
             optimizer = build_optimizer(trained, training)
             stage.settle([optimizer], foreach=not blueprint.packs)
-            _rehearse_training(stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up)
+            _rehearse_training(
+                stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up
+            )
         stage.observe("validation", lambda: mean_nll(trained, [batch]))
     return stage.seen()
 
@@ -277,9 +280,7 @@ def rehearse_reward(
     return stage.seen()
 
 
-def rankings(
-    *, rows: int, texts: int, prompt: int, length: int, packed: bool
-) -> dict[str, Any]:
+def rankings(*, rows: int, texts: int, prompt: int, length: int, packed: bool) -> dict[str, Any]:
     """Returns a batch of the reward stage.
 
     Args:
@@ -434,10 +435,9 @@ def rehearse_ppo(
 
 def rehearse_evaluation(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
     """Returns what evaluate does with its four models: replies, divergence, likelihood, text."""
-    policies = [blueprint.reader(blueprint.causal_lm()) for _ in range(3)]
+    sft, ppo, pretrain = (blueprint.reader(blueprint.causal_lm()) for _ in range(3))
     reward = blueprint.reader(blueprint.classifier())
-    stage = Stage(ledger, dict(zip(("sft", "ppo", "pretrain"), policies)) | {"reward": reward})
-    sft, ppo, pretrain = policies
+    stage = Stage(ledger, {"sft": sft, "ppo": ppo, "pretrain": pretrain, "reward": reward})
     prompts, responses = replies.prompts, [[WORD] * replies.response] * replies.rows
     rows = {"prompts": prompts, "responses": responses}
     batching = Batching(pad_id=PAD, batch_size=replies.rows)

@@ -28,14 +28,18 @@ def told(
         findings: of the checks.
         mending: what makes a stage fit, by stage.
     """
-    shared = f", models divided by {machine.sharding.kind}" if machine.sharding.kind != "none" else ""
+    shared = (
+        f", models divided by {machine.sharding.kind}" if machine.sharding.kind != "none" else ""
+    )
     lines = [
         f"{recipe.name} on {machine.processes} process(es), {machine.name}{shared}",
         "",
         "Memory of one process on its device in GB, at the moment of its stage that takes most:",
-        *_table([COLUMNS, *(_row(need) for need in needs)], last=[need.peak.moment for need in needs]),
+        *_table(
+            [COLUMNS, *(_row(need) for need in needs)], last=[need.peak.moment for need in needs]
+        ),
         "",
-        "Time, if every row is as long as it may be, without communication and loading (estimated):",
+        "Time, estimated: every row as long as it may be, no communication, no loading:",
         *(_time(need) for need in needs),
     ]
     for need in needs:

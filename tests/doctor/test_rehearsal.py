@@ -47,7 +47,10 @@ def ledger() -> Ledger:
     return Ledger(Rates(fp32_flops=1e9, bf16_flops=1e9, bandwidth=1e9))
 
 
-def language_model(blueprint, lora=LoRA(), **more):
+NO_LORA = LoRA()
+
+
+def language_model(blueprint, lora=NO_LORA, **more):
     batch = training_rows(2, 16)
     return rehearse_language_model(
         blueprint, ledger(), training=TRAINING, lora=lora, batch=batch, bf16=False, **more
