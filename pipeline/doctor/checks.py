@@ -140,8 +140,8 @@ def batches(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     if ppo.minibatch_size % processes:
         yield Finding(
             "wrong",
-            f"ppo: minibatch_size {ppo.minibatch_size} divides unevenly over {processes} processes; "
-            f"take a multiple of {processes}",
+            f"ppo: minibatch_size {ppo.minibatch_size} is no multiple of {processes}; "
+            "processes would have to wait for others",
         )
     else:
         yield Finding("good", f"batch sizes divide over {processes} process(es)")

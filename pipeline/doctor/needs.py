@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class Planner:
         one, two = (act(self.blueprint.of_depth(n), Ledger(self.machine.rates)) for n in (1, 2))
         return one.at(self.blueprint.layers, two)
 
-    @property
+    @cached_property
     def copy_bytes(self) -> float:
         """Bytes of one causal LM in float32."""
         sizes = []

@@ -424,8 +424,9 @@ def rehearse_ppo(
         for optimizer in optimizers:
             optimizer.zero_grad()
         _rehearse_replies(stage, four.policy, replies, precision=settings.precision)
-        stage.observe("measure", lambda: trainer.measure(prompts, sampled))
-        experience = trainer.measure(prompts, sampled)
+        kept: list[Any] = []
+        stage.observe("measure", lambda: kept.append(trainer.measure(prompts, sampled)))
+        experience = kept.pop()
         zeros = torch.zeros(experience.mask.shape)
         lesson = Lesson(experience, zeros, zeros if critic else None, 0.0)
         stage.observe("optimise", lambda: trainer.optimiser.run(0, lesson))

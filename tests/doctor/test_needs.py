@@ -11,8 +11,8 @@ from pipeline.doctor.needs import Need, Peak, Planner, reply_seconds
 from pipeline.doctor.rehearsal import Moment, Rehearsal, Replies
 from pipeline.lora import LoRA
 from pipeline.training import Training
-from stages.ppo import Config as PPO
-from stages.sft import Config as SFT
+from stages.ppo import Config as PPOConfig
+from stages.sft import Config as SFTConfig
 
 SEEN = Rehearsal(
     weights=1000.0,
@@ -76,12 +76,12 @@ def test_replies_take_a_step_a_token():
 
 def test_smaller_batches_are_tried_before_adapters():
     training = Training(minibatch_size=8, microbatch_size=4)
-    assert list(changes("sft", SFT(training=training))) == [
+    assert list(changes("sft", SFTConfig(training=training))) == [
         ["--sft.training.microbatch_size=2"],
         ["--sft.training.microbatch_size=1"],
         ["--sft.training.microbatch_size=1", "--sft.lora.rank=16"],
     ]
-    assert list(changes("ppo", PPO(microbatch_size=2)))[-1] == [
+    assert list(changes("ppo", PPOConfig(microbatch_size=2)))[-1] == [
         "--ppo.microbatch_size=1", "--ppo.roles=lora", "--ppo.lora.rank=16", "--reward.lora.rank=16"
     ]  # fmt: skip
 
@@ -98,15 +98,15 @@ def test_the_first_change_that_fits_is_told():
         asked.append(words)
         return need(8e9 / len(asked))
 
-    told = mend("sft", SFT(training=Training(microbatch_size=8)), attempt=attempt)
+    told = mend("sft", SFTConfig(training=Training(microbatch_size=8)), attempt=attempt)
     assert told == "it fits with --sft.training.microbatch_size=2: 4.0 GB"
 
 
 @pytest.mark.parametrize(
     ("stage", "config", "words"),
     [
-        ("sft", SFT(lora=LoRA(rank=4)), "divide the model over more GPUs"),
-        ("ppo", PPO(), "take a smaller model, or devices with more memory"),
+        ("sft", SFTConfig(lora=LoRA(rank=4)), "divide the model over more GPUs"),
+        ("ppo", PPOConfig(), "take a smaller model, or devices with more memory"),
     ],
 )
 def test_where_nothing_helps_something_else_is_told(stage, config, words):
