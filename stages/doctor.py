@@ -25,6 +25,7 @@ from pipeline.terminal import start_logging
 
 if TYPE_CHECKING:
     from pipeline.doctor.machine import Machine
+    from pipeline.doctor.needs import Need
     from pipeline.doctor.recipe import Recipe
 
 log = logging.getLogger("stages.doctor")
@@ -88,7 +89,9 @@ def machine_of(config: Config) -> "Machine":
         processes = processes or said
     if config.devices or config.device or config.device_memory or on_gpus:
         memory = machine.size_of(config.device_memory) if config.device_memory else 0
-        return machine.gpus(config.device, processes=processes or 1, memory=memory, sharding=sharding)
+        return machine.gpus(
+            config.device, processes=processes or 1, memory=memory, sharding=sharding
+        )
     return machine.this_machine(processes or 1)
 
 
@@ -141,7 +144,7 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 
 def run(config: Config) -> int:
-    """Prints what the recipe takes and what is wrong with it; returns 0 when all is well, else 1."""
+    """Prints what the recipe takes and what is wrong; returns 0 when all is well, else 1."""
     from pipeline.doctor.checks import examine
     from pipeline.doctor.mending import mend
     from pipeline.doctor.needs import Planner
@@ -151,15 +154,14 @@ def run(config: Config) -> int:
     blueprint = recipe.blueprint(packs=not machine.is_gpu)
     planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking)
     needs = [planner.need(s, recipe.configs) for s in MODELS if s in recipe.configs]
-    mending = {
-        need.stage: mend(
-            need.stage,
-            recipe.configs[need.stage],
-            attempt=lambda words, s=need.stage: planner.need(s, stage_configs(config, *words)),
-        )
-        for need in needs
-        if not need.fits
-    }
+
+    def mended(need: "Need") -> str:
+        def attempt(words: list[str]) -> "Need":
+            return planner.need(need.stage, stage_configs(config, *words))
+
+        return mend(need.stage, recipe.configs[need.stage], attempt=attempt)
+
+    mending = {need.stage: mended(need) for need in needs if not need.fits}
     findings = examine(recipe, machine, needs, copy=planner.copy_bytes)
     sys.stdout.write(told(recipe, machine, needs=needs, findings=findings, mending=mending) + "\n")
     return int(bool(mending) or any(finding.state == "wrong" for finding in findings))

@@ -120,7 +120,7 @@ class Machine:
     @property
     def room(self) -> float:
         """Bytes that one process may take."""
-        return self.memory if self.is_gpu else self.memory / self.processes
+        return self.memory / (1 if self.is_gpu else self.processes)
 
 
 def size_of(words: str) -> int:

@@ -5,12 +5,17 @@ from typing import Any
 
 from pipeline.doctor.needs import Need
 
+FEWEST_SAMPLES = 128
+"""Replies by which a reward model's scores can be normalised: the mean is known to a tenth of the
+deviation."""
 RANK = 16
 """Of the adapters that are tried."""
 
 
 def changes(stage: str, config: Any) -> Iterator[list[str]]:
     """Yields words that make a stage's settings smaller, each time more than the time before."""
+    if stage.startswith("reward") and config.normalisation.num_samples > FEWEST_SAMPLES:
+        yield [f"--{stage}.normalisation.num_samples={FEWEST_SAMPLES}"]
     section = "" if stage in ("ppo", "evaluate") else "training."
     name = "batch_size" if stage == "evaluate" else f"{section}microbatch_size"
     holder = config.training if section else config

@@ -132,7 +132,7 @@ class Planner:
         for depth in (1, 2):
             weights = self.blueprint.of_depth(depth).causal_lm().parameters()
             sizes.append(sum(weight.numel() * weight.element_size() for weight in weights))
-        return sizes[0] + (self.blueprint.layers - 1) * (sizes[1] - sizes[0])
+        return float(sizes[0] + (self.blueprint.layers - 1) * (sizes[1] - sizes[0]))
 
     def precision(self, wanted: str) -> str:
         """Returns bf16 or fp32; GPUs compute in bf16 where it is left to them."""

@@ -129,15 +129,16 @@ class Stage:
         self.ledger.hold(tensors_of(model))
         trained = [p for p in model.parameters() if p.requires_grad]
         return Role(
-            weights=self.ledger.live - before,
-            trained=sum(p.numel() * p.element_size() for p in trained),
+            weights=float(self.ledger.live - before),
+            trained=float(sum(p.numel() * p.element_size() for p in trained)),
         )
 
     def observe(self, name: str, action: Callable[[], Any]) -> None:
         """Notes what an action takes; what it returns is let go."""
         self.ledger.restart()
         action()
-        self.moments[name] = Moment(self.ledger.peak, self.ledger.seconds, self.ledger.flops)
+        most, flops = float(self.ledger.peak), float(self.ledger.flops)
+        self.moments[name] = Moment(most, self.ledger.seconds, flops)
 
     def settle(self, optimizers: Sequence[torch.optim.Optimizer], *, foreach: bool) -> None:
         """Makes the optimizers' state, and notes the size of it and of the gradients.
@@ -161,9 +162,9 @@ class Stage:
     def seen(self) -> Rehearsal:
         """Returns all that was noted."""
         return Rehearsal(
-            weights=self.weights,
-            gradients=self.gradients,
-            optimizer=self.optimizer,
+            weights=float(self.weights),
+            gradients=float(self.gradients),
+            optimizer=float(self.optimizer),
             moments=self.moments,
             roles=self.roles,
         )
@@ -344,8 +345,17 @@ def rehearse_generation(
 def _rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: str) -> None:
     with precision_context(precision, CPU):
         numbers = torch.zeros(replies.rows, 1)
-        settings = {"uniforms": numbers, "eos_id": EOS, "pad_id": PAD, "batch_size": replies.rows}
-        stage.observe("prefill", lambda: generate(policy, replies.prompts, **settings))
+        stage.observe(
+            "prefill",
+            lambda: generate(
+                policy,
+                replies.prompts,
+                uniforms=numbers,
+                eos_id=EOS,
+                pad_id=PAD,
+                batch_size=replies.rows,
+            ),
+        )
         for name, length in (("first token", 2), ("last token", replies.response)):
             token = _next_token(policy, replies, seen=replies.prompt + length - 1)
             stage.observe(name, token)

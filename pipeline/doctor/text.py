@@ -86,7 +86,7 @@ def _span(seconds: float) -> str:
 
 
 def _roles(need: Need) -> list[str]:
-    rows = [("role", "weights", "gradients", "optimizer")]
+    rows: list[tuple[str, ...]] = [("role", "weights", "gradients", "optimizer")]
     for name, role in need.roles.items():
         sizes = (role.weights, role.trained, 2 * role.trained)  # AdamW's two moments
         rows.append((name, *(f"{size / GB:.2f}" for size in sizes)))

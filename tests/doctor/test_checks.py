@@ -147,7 +147,7 @@ def test_where_nothing_is_tracked_no_key_is_missed():
 
 def test_a_disk_that_is_too_small_is_found(monkeypatch):
     peak = Peak(moment="pass")
-    one = Need(stage="sft", peak=peak, base=0, room=1, seconds=1, unit="step", trained=100.0)
+    one = Need(stage="sft", peak=peak, base=0.0, room=1.0, seconds=1.0, unit="step", trained=100.0)
     here = machine(is_here=True)
     # the model of 1000 bytes, and three copies of what is trained in each of two points and one
     for free, state in ((1900, "good"), (1899, "wrong")):

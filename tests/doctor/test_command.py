@@ -53,7 +53,7 @@ def test_the_machine_is_the_one_that_is_named(words, expected):
 def fixed(monkeypatch, total: float) -> None:
     def need(self, stage, configs):
         peak = Peak(moment="pass", weights=total)
-        return Need(stage=stage, peak=peak, base=0, room=1e9, seconds=2.0, unit="step", units=30)
+        return Need(stage=stage, peak=peak, base=0.0, room=1e9, seconds=2.0, unit="step", units=30)
 
     monkeypatch.setattr(Planner, "need", need)
 

@@ -68,8 +68,8 @@ def test_a_second_worker_holds_its_own_gradients_and_pass():
 
 def test_replies_take_a_step_a_token():
     moments = {
-        "prefill": Moment(0, 3.0, 0), "first token": Moment(0, 1.0, 0),
-        "last token": Moment(0, 2.0, 0),
+        "prefill": Moment(0.0, 3.0, 0.0), "first token": Moment(0.0, 1.0, 0.0),
+        "last token": Moment(0.0, 2.0, 0.0),
     }  # fmt: skip
     assert reply_seconds(moments, Replies(rows=1, prompt=4, response=11)) == 3 + 10 * 1.5
 
@@ -88,7 +88,7 @@ def test_smaller_batches_are_tried_before_adapters():
 
 def need(total: float) -> Need:
     found = Peak(moment="pass", weights=total)
-    return Need(stage="sft", peak=found, base=0, room=5e9, seconds=1, unit="step")
+    return Need(stage="sft", peak=found, base=0.0, room=5e9, seconds=1.0, unit="step")
 
 
 def test_the_first_change_that_fits_is_told():
