@@ -99,8 +99,7 @@ def start(stage: str, words: list[str], *, run: Path) -> None:
 
 def words_of(case: Case) -> list[str]:
     """Returns the words of a case and of those that make its parents, as the doctor takes them."""
-    makers = {maker for maker in case.parents.values()}
-    before = [one for one in CASES if one.name in makers]
+    before = [one for one in CASES if one.name in case.parents.values()]
     return [
         f"--{one.stage}.{word.removeprefix('--')}" for one in (*before, case) for word in one.words
     ]

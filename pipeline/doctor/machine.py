@@ -25,6 +25,8 @@ CPU_SLACK = 0.05
 """What the C library's allocator keeps of what was freed, as a share of live tensors."""
 LAUNCH_SECONDS = 8e-6
 """One operation's call and launch from Python."""
+SHORTEST = 1e-6
+"""Seconds that a clock can tell from none."""
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12}
 SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -229,10 +231,10 @@ def measured_rates(threads: int) -> Rates:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        flops = {dtype: _product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        flops = {dtype: threads * _product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
         source = torch.ones(2**24)
         target = torch.empty_like(source)
-        seconds = _fastest(lambda: target.copy_(source))
+        seconds = _fastest(lambda: target.copy_(source)) / threads
     finally:
         torch.set_num_threads(before)
     return Rates(
@@ -250,10 +252,13 @@ def _product_rate(dtype: Any) -> float:
 
 
 def _fastest(action: Any) -> float:
-    """Returns the seconds of the fastest of five calls."""
+    """Returns the processor's seconds of the fastest of five calls, of all threads together.
+
+    Other work on the machine is no part of them.
+    """
     found = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         action()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        found.append(time.process_time() - start)
+    return max(min(found), SHORTEST)

@@ -28,10 +28,10 @@ from pipeline.doctor.rehearsal import (
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 
-LIBRARIES = {"pretrain": 0.55, "sft": 0.65, "reward": 0.55, "reward_guard": 0.55, "ppo": 0.55,
+LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.54,
              "evaluate": 0.6}  # fmt: skip
-"""GB of a process that has loaded a stage's libraries and read some rows, and no model yet
-(`python -m benchmarks.doctor`)."""
+"""GB of a process that has loaded a stage's libraries and read some rows: what stages of the smoke
+recipe take, whose models weigh kilobytes (`make RECIPE=smoke`, the manifests' peak_memory_gib)."""
 NO_LORA = LoRA()
 REPLYING = ("prefill", "first token", "last token")
 GENERATED = 256
@@ -154,8 +154,6 @@ class Planner:
             )
         )
         peaks = [self._peak(rehearsal, "validation")]
-        if config.init_from:
-            peaks.append(self._loading(rehearsal.weights))
         if training is None:
             seconds = rehearsal.moments["validation"].seconds
             return self._most("pretrain", peaks, seconds=seconds, unit="batch")
@@ -175,12 +173,11 @@ class Planner:
             )
         )
         peaks = [
-            self._loading(rehearsal.weights),
             self._peak(rehearsal, "validation"),
             *self._training(rehearsal, config.training),
         ]
         if config.lora.rank:
-            peaks += self._merging(rehearsal)
+            peaks.append(self._merged(rehearsal))
         return self._steps("sft", rehearsal, config.training, peaks)
 
     def _reward(self, config: Any, stage: str) -> Need:
@@ -204,10 +201,9 @@ class Planner:
             )
         )
         peaks = [
-            self._loading(rehearsal.weights),
             self._peak(rehearsal, "validation"),
             *self._training(rehearsal, config.training),
-            *(self._merging(rehearsal) if config.lora.rank else []),
+            *([self._merged(rehearsal)] if config.lora.rank else []),
             self._constants(rehearsal, config),
         ]
         return self._steps(stage, rehearsal, config.training, peaks)
@@ -256,8 +252,8 @@ class Planner:
             largest = max(role.trained for role in rehearsal.roles.values())
             peaks.append(self._held(rehearsal, "reduce gradients", extra=2 * largest))
         if config.roles == "lora" and not self.machine.is_gpu:
-            saving = 2 * self.copy_bytes
-            peaks.append(self._held(rehearsal, "save merged", gradients=False, extra=saving))
+            copy = self.copy_bytes
+            peaks.append(self._held(rehearsal, "save merged", gradients=False, extra=copy))
         moments = rehearsal.moments
         steps = config.optimisation.epochs * config.prompts_per_update // config.minibatch_size
         one_pass = max(0.0, moments["optimise"].seconds - moments["step"].seconds) / passes
@@ -312,19 +308,11 @@ class Planner:
         yield self._peak(rehearsal, "pass", gradients=adds_up, extra=buckets)
         yield self._peak(rehearsal, "step", gradients=True, extra=buckets)
 
-    def _loading(self, weights: float) -> Peak:
-        """On a processor the file's pages count as well as what is read from them."""
-        pages = 0.0 if self.machine.is_gpu else weights
-        whole = weights if not self.machine.sharding.divides_weights else 0.0
-        return Peak(moment="load", weights=whole, working=pages)
-
-    def _merging(self, rehearsal: Rehearsal) -> Iterator[Peak]:
+    def _merged(self, rehearsal: Rehearsal) -> Peak:
         """The trained model and its optimizer are there still when the merged one is made."""
         copy = self.copy_bytes
-        pages = 0.0 if self.machine.is_gpu else copy
-        yield self._held(rehearsal, "merge adapter", gradients=False, extra=copy + pages)
         looking = self._peak(rehearsal, "validation")
-        yield replace(looking, moment="validate merged", weights=looking.weights + copy)
+        return replace(looking, moment="validate merged", weights=looking.weights + copy)
 
     def _constants(self, rehearsal: Rehearsal, config: Any) -> Peak:
         """The SFT model replies beside the reward model, to normalise its scores."""
