@@ -14,7 +14,7 @@ from pipeline.doctor.machine import Machine
 from pipeline.doctor.needs import Need
 from pipeline.doctor.recipe import Recipe
 from pipeline.errors import UserError
-from pipeline.tokenizer import decode_response, encode_conversation, encode_response, render_prompt
+from pipeline.tokenizer import decode_response, encode_conversation, encode_prompt, encode_response
 from pipeline.trackers import key_is_configured
 
 SHARDS = ("pretrain", "sft", "reward", "reward_guard")
@@ -95,11 +95,11 @@ def tokens(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
         for text in SAYING
         if decode_response(tokenizer, encode_response(tokenizer, text)) != text
     ]
-    prompt = tokenizer.decode(ids, skip_special_tokens=False)
+    prompt = encode_prompt(tokenizer, "hello")
     if tokenizer.eos_token_id not in reply or decode_response(tokenizer, reply) != "hi":
         text = f"{folder}: the chat template does not mark a reply and its EOS. Run: make tokenizer"
         yield Finding("wrong", text)
-    elif lost or not prompt.startswith(render_prompt(tokenizer, "hello")):
+    elif lost or ids[: len(prompt)] != prompt:
         text = f"{folder}: {lost or 'a prompt'} does not come through the tokenizer as it is"
         yield Finding("wrong", f"{text}. Take another model's tokenizer")
     else:

@@ -28,8 +28,8 @@ from pipeline.doctor.rehearsal import (
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 
-LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.54,
-             "evaluate": 0.6}  # fmt: skip
+LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.53,
+             "evaluate": 0.59}  # fmt: skip
 """GB of a process that has loaded a stage's libraries and read some rows: what stages of the smoke
 recipe take, whose models weigh kilobytes (`make RECIPE=smoke`, the manifests' peak_memory_gib)."""
 NO_LORA = LoRA()
