@@ -46,11 +46,6 @@ class Blueprint:
         """Positions it can read."""
         return getattr(self.config(), "max_position_embeddings", None)
 
-    @property
-    def vocabulary(self) -> int:
-        """Rows of its embeddings."""
-        return int(self.config().vocab_size)
-
     def of_depth(self, layers: int) -> "Blueprint":
         """Returns the same with another number of layers."""
         names = CONFIG_MAPPING[self.model_type].attribute_map

@@ -56,7 +56,7 @@ class Ledger(TorchDispatchMode):
         self.peak, self.flops, self.seconds = self.live, 0, 0.0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+        self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Runs an operation, for real where no tensor is fake, and notes what it made."""
         kwargs = kwargs or {}

@@ -45,16 +45,18 @@ def test_what_the_way_back_needs_is_alive_until_then():
 
 
 def test_products_take_their_operations_and_other_work_its_bytes():
+    left, right, long = empty(4, 8), empty(8, 16), empty(1000)
+    low = [part.to(torch.bfloat16) for part in (left, right)]
     ledger = Ledger(RATES)
     with ledger:
-        empty(4, 8) @ empty(8, 16)
+        left @ right
         assert ledger.flops == 2 * 4 * 8 * 16
         assert ledger.seconds == pytest.approx(1024 / 1e6)
         ledger.restart()
-        empty(4, 8, dtype=torch.bfloat16) @ empty(8, 16, dtype=torch.bfloat16)
+        low[0] @ low[1]
         assert ledger.seconds == pytest.approx(1024 / 4e6)
         ledger.restart()
-        empty(1000) + empty(1000)
+        long * long
         assert ledger.seconds == pytest.approx(3 * 4000 / 1e9)
 
 
