@@ -49,7 +49,7 @@ $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) slurm seeds lineage chat dashboard install test check format bench crash-test \
+.PHONY: all $(STAGES) $(OPTIONAL) slurm seeds lineage doctor chat dashboard install test check format bench crash-test \
 	fuzz gpu-check help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
@@ -129,6 +129,10 @@ seeds: $(venv) ## whole runs with SEEDS in folders of their own, and one table w
 
 lineage: $(venv) ## verify the run, digest by digest from the data sets on, and say what is stale
 	@$(PYTHON) -m stages.lineage --recipe=$(RECIPE) --run=$(RUN) $(ARGS)
+
+doctor: $(venv) ## memory, time and mistakes of a recipe, before anything is loaded
+	@$(PYTHON) -m stages.doctor --recipe=$(RECIPE) --run=$(RUN) $(if $(filter-out 1,$(NPROC)),--num_processes=$(NPROC)) \
+		$(if $(ACCELERATE_CONFIG),--accelerate_config=$(ACCELERATE_CONFIG)) $(ARGS)
 
 chat: $(venv) ## talk to a model in the terminal
 	@$(PYTHON) -m stages.chat --models $(MODELS) $(ARGS)

@@ -117,12 +117,9 @@ def pack(model: PreTrainedModel) -> bool:
     to read only what is wanted of it too, if that passes the same trial. On other devices than
     processors rows stay apart: there kernels of their own do this.
     """
+    if model.device.type != "cpu" or not may_pack(model):
+        return is_packed(model)
     before = attention_of(model.config)
-    windows = [getattr(model.config, name, None) for name in WINDOWS]
-    if model.device.type != "cpu" or before != "sdpa" or any(windows):
-        return before == PACKED
-    if not model.is_backend_compatible():
-        return False
     model.set_attn_implementation(PACKED)
     if is_packed(model) and _reads_rows_apart(model):
         hooks = spare(model.base_model)
@@ -132,6 +129,14 @@ def pack(model: PreTrainedModel) -> bool:
         return True
     model.set_attn_implementation(before)
     return False
+
+
+def may_pack(model: PreTrainedModel) -> bool:
+    """Returns whether a model's layers read all before a token, by an attention chosen by name."""
+    windows = [getattr(model.config, name, None) for name in WINDOWS]
+    return (
+        attention_of(model.config) == "sdpa" and not any(windows) and model.is_backend_compatible()
+    )
 
 
 def is_packed(model: Any) -> bool:

@@ -7,6 +7,7 @@ kept.
 """
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -113,6 +114,31 @@ def plain_head(model: PreTrainedModel) -> bool:
     )
 
 
+def labelled_nll(
+    read: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    head: Tensor,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Returns the summed negative log-likelihood of a batch's labels; only these meet the head.
+
+    Args:
+        read: causal LM of a plain head, perhaps in wrappers.
+        inputs: what it reads, and labels (`IGNORED` where a position does not count).
+        head: its output embeddings.
+        label_smoothing: as in `token_nll`.
+    """
+    rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    output = read(**rows, logits_to_keep=1, output_hidden_states=True, use_cache=False)
+    targets = inputs["labels"][:, 1:]
+    counts = targets != IGNORED
+    hidden = output.hidden_states[-1][:, :-1][counts]
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return token_nll(hidden, head, targets[counts], label_smoothing=label_smoothing)
+
+
 class LanguageModelTrainer(Trainer):
     """Trainer of a causal LM whose loss never holds a batch's logits where it need not.
 
@@ -135,8 +161,8 @@ class LanguageModelTrainer(Trainer):
     ) -> Any:
         """Returns the mean loss over the labelled tokens of all processes and microbatches.
 
-        Only these meet the head. Gradients are averaged over processes afterwards, so each
-        process's sum is multiplied by their number.
+        Gradients are averaged over processes afterwards, so each process's sum is multiplied by
+        their number.
         """
         if not self.plain_head or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -144,17 +170,10 @@ class LanguageModelTrainer(Trainer):
 
     def _loss(self, read: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Returns what `compute_loss` does, in one pass: the head is read without the model."""
-        rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        output = read(**rows, logits_to_keep=1, output_hidden_states=True, use_cache=False)
-        targets = inputs["labels"][:, 1:]
-        counts = targets != IGNORED
-        hidden = output.hidden_states[-1][:, :-1][counts]
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        total = token_nll(
-            hidden,
-            self.language_model.get_output_embeddings().weight,
-            targets[counts],
+        total = labelled_nll(
+            read,
+            inputs,
+            head=self.language_model.get_output_embeddings().weight,
             label_smoothing=self.args.label_smoothing_factor,
         )
         return total * self.accelerator.num_processes / num_items_in_batch

@@ -78,7 +78,7 @@ class WandB:
         import wandb
         from accelerate.tracking import WandBTracker
 
-        if "WANDB_MODE" not in os.environ and not _key_is_configured():
+        if "WANDB_MODE" not in os.environ and not key_is_configured():
             os.environ["WANDB_MODE"] = "offline"
         (run.folder / "wandb").mkdir(parents=True, exist_ok=True)
         self._tracker = WandBTracker(
@@ -218,7 +218,8 @@ BOARDS: dict[str, Callable[[TrackedRun], Board]] = {
 """Trackers by the names of the setting `tracking`."""
 
 
-def _key_is_configured() -> bool:
+def key_is_configured() -> bool:
+    """Returns whether Weights & Biases finds a key: in the environment or in the netrc file."""
     import netrc
 
     if os.environ.get("WANDB_API_KEY"):

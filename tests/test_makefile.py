@@ -292,3 +292,15 @@ def test_a_deadline_reaches_the_stages_that_save(checkout):
     told = [call.split()[0] for call in calls(checkout) if "--saving.deadline=1234" in call]
     assert len(calls(checkout)) == 6
     assert len(told) == 4
+
+
+def test_the_doctor_is_told_recipe_processes_and_accelerates_file(checkout):
+    (checkout / "ddp.yaml").touch()
+    make(checkout, "doctor")
+    assert calls(checkout)[0].split() == [
+        "-m", "stages.doctor", "--recipe=tiny", "--run=runs/tiny"
+    ]  # fmt: skip
+    make(checkout, "doctor", "NPROC=4", "ACCELERATE_CONFIG=ddp.yaml", "ARGS=--device=h100")
+    assert calls(checkout)[0].split()[4:] == [
+        "--num_processes=4", "--accelerate_config=ddp.yaml", "--device=h100"
+    ]  # fmt: skip

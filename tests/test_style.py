@@ -64,7 +64,7 @@ def test_nothing_imports_what_trl_calls_experimental():
     assert not [path for path in SOURCES if any("trl.experimental" in n for n in imported(path))]
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "lineage", "dashboard"])
+@pytest.mark.parametrize("stage", [*STAGES, "lineage", "dashboard", "doctor"])
 def test_every_stage_reads_in_the_same_order(stage):
     tree = ast.parse(Path("stages", f"{stage}.py").read_text())
     names = [n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)]

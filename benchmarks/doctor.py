@@ -1,0 +1,155 @@
+"""What `make doctor` predicts of a stage's memory, beside what its process took.
+
+Each case is a real stage on the smoke recipe's rows with a model of up to 57M weights, in a process
+of its own; measured is the peak of its resident memory, which its manifest holds. The models have
+few steps to take: memory does not grow with them.
+
+Run     python -m benchmarks.doctor             cases that results/doctor.json lacks, then the table
+        python -m benchmarks.doctor --fresh     all of them
+        python -m benchmarks.doctor --predict   predictions and the table alone
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path("benchmarks/results/doctor.json")
+STEPS = ["--training.steps=2", "--training.eval_every=0", "--saving.every=0"]
+UPDATES = ["--updates=1", "--validate_every=1", "--saving.every=0", "--keep_rollout_every=0"]
+LORA = ["--lora.rank=16"]
+
+
+def sizes(hidden: int, layers: int) -> list[str]:
+    """Returns the words that give a Llama's size."""
+    options = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 8 * hidden // 3 // 64 * 64,
+        "tie_word_embeddings": True,
+    }
+    return [f"--architecture.options={json.dumps(options)}"]
+
+
+LARGE, MIDDLE = sizes(768, 8), sizes(384, 6)
+ADAMW, BF16 = ["--training.optimizer=adamw"], ["--training.precision=bf16"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage of the smoke recipe with other words; its parents are made by other cases."""
+
+    name: str
+    stage: str
+    words: list[str]
+    parents: dict[str, str] = field(default_factory=dict)
+
+
+PRETRAINED = {"pretrain": "pretrain, 57M"}
+TUNED = PRETRAINED | {"sft": "sft"}
+REWARDED = TUNED | {"reward": "reward"}
+ADAPTED = TUNED | {"reward": "reward, lora"}
+CASES = [
+    Case("pretrain, 57M", "pretrain", [*STEPS, *LARGE, *ADAMW]),
+    Case("sft", "sft", [*STEPS, *ADAMW], PRETRAINED),
+    Case("reward", "reward", STEPS, TUNED),
+    Case("ppo, separate", "ppo", UPDATES, REWARDED),
+    Case("ppo, trunk", "ppo", [*UPDATES, "--roles=trunk"], REWARDED),
+    Case("reward, lora", "reward", [*STEPS, *LORA], TUNED),
+    Case("ppo, lora", "ppo", [*UPDATES, "--roles=lora", *LORA], ADAPTED),
+    Case("sft, lora", "sft", [*STEPS, *LORA], PRETRAINED),
+    Case("pretrain, 57M, bf16, muon", "pretrain", [*STEPS, *LARGE, *BF16]),
+    Case("ppo, separate, bf16", "ppo", [*UPDATES, "--precision=bf16"], REWARDED),
+    Case(
+        "pretrain, 11M, rows of 512",
+        "pretrain",
+        [*STEPS, *MIDDLE, "--sequence_length=512", "--context_length=512"],
+    ),
+    Case("ppo, separate, two workers", "ppo", [*UPDATES, "--threads=2"], REWARDED),
+]
+
+
+def measure(case: Case, root: Path) -> float:
+    """Returns the peak of the stage's process in MB."""
+    run = root / case.name
+    shutil.rmtree(run, ignore_errors=True)
+    for parent, maker in case.parents.items():
+        shutil.copytree(root / maker / parent, run / parent, copy_function=os.link)
+    for stage in ("data", "tokenizer"):
+        if not (root / stage / "manifest.json").is_file():
+            start(stage, [], run=root)
+        shutil.copytree(root / stage, run / stage, copy_function=os.link)
+    start(case.stage, case.words, run=run)
+    manifest = json.loads((run / case.stage / "manifest.json").read_text())
+    return manifest["circumstances"]["peak_memory_gib"] * 2**30 / 1e6
+
+
+def start(stage: str, words: list[str], *, run: Path) -> None:
+    """Runs a stage of the smoke recipe."""
+    command = [sys.executable, "-m", f"stages.{stage}", "--recipe=smoke", f"--run={run}", *words]
+    subprocess.run(command, check=True)
+
+
+def words_of(case: Case) -> list[str]:
+    """Returns the words of a case and of those that make its parents, as the doctor takes them."""
+    before = [one for one in CASES if one.name in case.parents.values()]
+    return [
+        f"--{one.stage}.{word.removeprefix('--')}" for one in (*before, case) for word in one.words
+    ]
+
+
+def predict(case: Case, root: Path) -> float:
+    """Returns what the doctor says that the stage's process takes, in MB."""
+    from pipeline.doctor.machine import this_machine
+    from pipeline.doctor.needs import Planner
+    from stages.doctor import Config, recipe_of
+
+    config = Config(recipe="smoke", run=str(root), words=tuple(words_of(case)))
+    recipe, machine = recipe_of(config), this_machine(1)
+    blueprint = recipe.blueprint(packs=True)
+    planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking)
+    need = planner.need(case.stage, recipe.configs)
+    sys.stderr.write(f"{case.name}: {need.peak}, base {need.base / 1e6:.0f} MB\n")
+    return need.total / 1e6
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Returns the table of docs/doctor.md, and the median error."""
+    lines = ["| stage | measured, MB | predicted, MB | error |", "|---|---|---|---|"]
+    errors = []
+    for name, found in results.items():
+        error = found["predicted"] / found["measured"] - 1
+        errors.append(abs(error))
+        cells = f"{found['measured']:,.0f} | {found['predicted']:,.0f} | {error:+.1%}"
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join([*lines, "", f"median error {median(errors):.1%}, largest {max(errors):.1%}"])
+
+
+def main() -> None:
+    """Measures what is not measured yet, predicts everything, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fresh", action="store_true", help="measure every case again")
+    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument("--root", default="runs/doctor", help="folder of the runs")
+    options = parser.parse_args()
+    root = Path(options.root)
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results = {} if options.fresh else known
+    for case in CASES:
+        if case.name not in results and not options.predict:
+            results[case.name] = {"measured": measure(case, root)}
+        if case.name in results:
+            results[case.name]["predicted"] = predict(case, root)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What can be wrong with a recipe beside its size, found before anything is loaded."""
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.checkpoint import POINT_COPIES
+from pipeline.circumstances import LIBRARIES
+from pipeline.doctor.machine import Machine
+from pipeline.doctor.needs import Need
+from pipeline.doctor.recipe import Recipe
+from pipeline.errors import UserError
+from pipeline.tokenizer import decode_response, encode_conversation, encode_prompt, encode_response
+from pipeline.trackers import key_is_configured
+
+SHARDS = ("pretrain", "sft", "reward", "reward_guard")
+"""Stages whose models may be divided over processes (`pipeline.distributed.setup`)."""
+TRAINED = ("pretrain", "sft", "reward", "reward_guard")
+SAYING = ("hello", "How are you? I'm fine.", "naïve café, 20 °C")
+"""Replies that have to come through a tokenizer as they are."""
+PIN = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        state: good, wrong, or unknown where it cannot be looked at yet.
+        text: what was found and, where it is wrong, what mends it.
+    """
+
+    state: str
+    text: str
+
+
+def examine(
+    recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float
+) -> list[Finding]:
+    """Returns all findings.
+
+    Args:
+        recipe: that is looked at.
+        machine: that it is to run on.
+        needs: of its stages.
+        copy: bytes of one model in float32.
+    """
+    found: list[Finding] = []
+    for look in (architecture, tokens, agreement, batches, contexts, sharding, libraries, tracking):
+        try:
+            found += look(recipe, machine)
+        except UserError as error:
+            found.append(Finding("wrong", str(error)))
+    return [*found, disk(recipe, machine, needs, copy=copy)]
+
+
+def architecture(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
+    """Yields whether the model to start from is the one that the recipe says it is."""
+    pretrain = recipe.configs["pretrain"]
+    if not pretrain.init_from:
+        return
+    config = recipe.origin_config()
+    if config is None:
+        text = f"{pretrain.init_from} is not yet there: the recipe's architecture is believed"
+        yield Finding("unknown", text)
+        return
+    different = "; ".join(pretrain.architecture.differences(config))
+    yield Finding(
+        "wrong" if different else "good",
+        f"architecture: {pretrain.init_from}: {different}. Mend pretrain.yaml"
+        if different
+        else f"architecture: {pretrain.init_from} is what the recipe says",
+    )
+
+
+def tokens(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
+    """Yields whether PAD is not EOS, a prompt is rendered, and replies come back as they were."""
+    from pipeline.models import load_tokenizer
+
+    folder = recipe.tokenizer_folder()
+    if folder is None:
+        yield Finding("unknown", "tokenizer: not yet there; PAD, EOS and template are unchecked")
+        return
+    tokenizer = load_tokenizer(folder)
+    yield Finding("good", f"{folder}: PAD is not EOS, a prompt is rendered")
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    ids, is_reply = encode_conversation(tokenizer, messages)
+    reply = [token for token, marked in zip(ids, is_reply, strict=True) if marked]
+    lost = [
+        text
+        for text in SAYING
+        if decode_response(tokenizer, encode_response(tokenizer, text)) != text
+    ]
+    prompt = encode_prompt(tokenizer, "hello")
+    if tokenizer.eos_token_id not in reply or decode_response(tokenizer, reply) != "hi":
+        text = f"{folder}: the chat template does not mark a reply and its EOS. Run: make tokenizer"
+        yield Finding("wrong", text)
+    elif lost or ids[: len(prompt)] != prompt:
+        text = f"{folder}: {lost or 'a prompt'} does not come through the tokenizer as it is"
+        yield Finding("wrong", f"{text}. Take another model's tokenizer")
+    else:
+        yield Finding("good", f"{folder}: the template marks replies, and texts come back")
+
+
+def agreement(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
+    """Yields whether reward model and policy read the same tokens."""
+    from pipeline.models import load_tokenizer
+
+    for source in recipe.configs["ppo"].reward.used_sources:
+        if source.function:
+            continue
+        folder = recipe.folder / source.model if source.is_stage else Path(source.model)
+        own = source.is_stage and recipe.configs[source.model].init_from
+        ours, theirs = recipe.folder / "sft", folder / "tokenizer_config.json"
+        if not theirs.is_file() or not (ours / "tokenizer_config.json").is_file():
+            by_making = source.is_stage and not own
+            text = "made from sft, with its tokenizer" if by_making else "not yet there"
+            yield Finding("unknown", f"reward model {source.label}: {text}")
+        elif load_tokenizer(ours).get_vocab() == load_tokenizer(folder).get_vocab():
+            yield Finding("good", f"reward model {source.label} reads the policy's tokens")
+        elif own or not source.is_stage:
+            yield Finding("good", f"reward model {source.label} reads the text anew")
+        else:
+            text = f"reward model {source.label} has another tokenizer than the policy"
+            yield Finding("wrong", f"{text}. Run: make {source.model} FORCE=1")
+
+
+def batches(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
+    """Yields whether batch sizes divide over the processes."""
+    processes = machine.processes
+    for stage in TRAINED:
+        config = recipe.configs.get(stage)
+        if config is not None and not getattr(config, "take_as_is", False):
+            config.training.accumulation(processes)
+    ppo = recipe.configs["ppo"]
+    if ppo.minibatch_size % processes:
+        yield Finding(
+            "wrong",
+            f"ppo: minibatch_size {ppo.minibatch_size} is no multiple of {processes}; "
+            "processes would have to wait for others",
+        )
+    else:
+        yield Finding("good", f"batch sizes divide over {processes} process(es)")
+
+
+def contexts(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
+    """Yields whether the longest rows of all stages fit into the model's context."""
+    context = recipe.blueprint(packs=False).context
+    configs = recipe.configs
+    lengths = {
+        "pretrain: sequence_length": configs["pretrain"].sequence_length,
+        "sft: max_length": configs["sft"].max_length,
+        "reward: max_length": configs["reward"].max_length,
+        "ppo: max_prompt_tokens + max_response_tokens": configs["ppo"].longest,
+    }
+    long = [f"{name} {tokens}" for name, tokens in lengths.items() if context and tokens > context]
+    if configs["reward"].init_from:
+        long = [words for words in long if not words.startswith("reward")]
+    text = f"the model's context of {context} positions"
+    yield Finding(
+        "wrong" if long else "good",
+        f"{', '.join(long)}: beyond {text}. Shorten them" if long else f"rows fit into {text}",
+    )
+
+
+def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
+    """Yields which stages cannot divide their models, where they are to."""
+    if machine.sharding.kind == "none":
+        return
+    whole = [stage for stage in ("ppo", "evaluate") if stage not in SHARDS]
+    names = " and ".join(whole)
+    text = (
+        f"{names} of {recipe.name} cannot divide their models, and refuse {machine.sharding.kind}"
+    )
+    yield Finding("wrong", f"{text}. Run them with configs/accelerate/ddp.yaml")
+
+
+def libraries(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
+    """Yields whether the libraries are those that were tested, and those there that are needed."""
+    pins = dict(PIN.findall(Path("constraints.txt").read_text(encoding="utf-8")))
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
+    other = [f"{name} {found[name]} (tested: {pins[name]})" for name in LIBRARIES
+             if found[name] != pins[name]]  # fmt: skip
+    text = (
+        f"{', '.join(other)}. Run: make install" if other else "libraries are the tested versions"
+    )
+    yield Finding("wrong" if other else "good", text)
+    configs = recipe.configs.values()
+    four_bit = any(getattr(getattr(c, "lora", None), "quantise", "none") == "4bit" for c in configs)
+    needed = {"bitsandbytes": four_bit, "deepspeed": machine.sharding.kind.startswith("zero")}
+    for name in [name for name, is_needed in needed.items() if is_needed]:
+        if importlib.util.find_spec(name) is None:
+            yield Finding("wrong", f"{name} is not installed. Run: pip install {name}")
+
+
+def tracking(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
+    """Yields whether metrics reach Weights & Biases, where they are to."""
+    wanted = {name for config in recipe.configs.values() for name in config.trackers}
+    if not wanted & {"auto", "wandb"}:
+        return
+    if key_is_configured():
+        yield Finding("good", "wandb has a key")
+    elif "wandb" in wanted:
+        yield Finding("wrong", "wandb has no key. Run: wandb login, or set tracking to auto")
+    else:
+        yield Finding("good", "wandb has no key: it writes offline, and stages say how to sync")
+
+
+def disk(recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float) -> Finding:
+    """Returns whether the disk holds every stage's model and its resume points."""
+    wanted = 0.0
+    for need in needs:
+        config = recipe.configs[need.stage]
+        if need.stage == "evaluate" or getattr(config, "take_as_is", False):
+            wanted += copy if need.stage == "pretrain" else 0
+            continue
+        models = 2 if need.stage == "ppo" else 1
+        wanted += models * copy + POINT_COPIES * need.trained * (config.saving.keep + 1)
+    text = f"disk: models and resume points take {wanted / 1e9:,.1f} GB"
+    if not machine.is_here:
+        return Finding("unknown", text)
+    place = next(p for p in (recipe.folder, *recipe.folder.parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    text += f", {free / 1e9:,.1f} are free"
+    if free < wanted:
+        return Finding("wrong", f"{text}. Free some, or choose another folder with RUN=")
+    return Finding("good", text)

@@ -1,0 +1,55 @@
+"""The change that makes a stage fit: settings are tried one after another, smallest first."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.doctor.needs import Need
+
+FEWEST_SAMPLES = 128
+"""Replies by which a reward model's scores can be normalised: the mean is known to a tenth of the
+deviation."""
+RANK = 16
+"""Of the adapters that are tried."""
+
+
+def changes(stage: str, config: Any) -> Iterator[list[str]]:
+    """Yields words that make a stage's settings smaller, each time more than the time before."""
+    if stage.startswith("reward") and config.normalisation.num_samples > FEWEST_SAMPLES:
+        yield [f"--{stage}.normalisation.num_samples={FEWEST_SAMPLES}"]
+    section = "" if stage in ("ppo", "evaluate") else "training."
+    name = "batch_size" if stage == "evaluate" else f"{section}microbatch_size"
+    holder = config.training if section else config
+    size = getattr(holder, name.rpartition(".")[2]) // 2
+    smallest: list[str] = []
+    while size >= 1:
+        smallest = [f"--{stage}.{name}={size}"]
+        yield smallest
+        size //= 2
+    if stage == "ppo" and config.roles != "lora":
+        ranks = [f"--{name}.lora.rank={RANK}" for name in ("ppo", "reward")]
+        yield [*smallest, "--ppo.roles=lora", *ranks]
+    elif hasattr(config, "lora") and not config.lora.rank:
+        yield [*smallest, f"--{stage}.lora.rank={RANK}"]
+
+
+def mend(stage: str, config: Any, *, attempt: Callable[[list[str]], Need]) -> str:
+    """Returns what to change so that a stage fits, or what else there is where nothing of it helps.
+
+    Args:
+        stage: that does not fit.
+        config: its settings.
+        attempt: returns what the stage needs with some words more.
+    """
+    last: Need | None = None
+    for words in changes(stage, config):
+        last = attempt(words)
+        if last.fits:
+            return f"it fits with {' '.join(words)}: {last.total / 1e9:,.1f} GB"
+    least = f"no smaller batch helps ({last.total / 1e9:,.1f} GB): " if last else ""
+    if stage in ("ppo", "evaluate"):
+        return f"{least}take a smaller model, or devices with more memory"
+    return (
+        f"{least}divide the model over more GPUs (ACCELERATE_CONFIG="
+        "configs/accelerate/fsdp2.yaml), "
+        "or take a smaller one"
+    )

@@ -1,0 +1,393 @@
+"""What each stage of a recipe needs of a machine: bytes of one device, seconds of one step."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pipeline.distributed import num_cores
+from pipeline.doctor.blueprint import Blueprint
+from pipeline.doctor.ledger import Ledger
+from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
+from pipeline.doctor.rehearsal import (
+    Replies,
+    rankings,
+    rehearse_evaluation,
+    rehearse_generation,
+    rehearse_language_model,
+    rehearse_ppo,
+    rehearse_reward,
+    training_rows,
+)
+from pipeline.doctor.seen import Moment, Rehearsal, Role
+from pipeline.lora import LoRA
+from pipeline.models import choose_precision
+
+LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.53,
+             "evaluate": 0.59}  # fmt: skip
+"""GB of a process that has loaded a stage's libraries and read some rows: what stages of the smoke
+recipe take, whose models weigh kilobytes (`make RECIPE=smoke`, the manifests' peak_memory_gib)."""
+NO_LORA = LoRA()
+REPLYING = ("prefill", "first token", "last token")
+GENERATED = 256
+"""Most rows that are generated together (`pipeline.ppo.rollout.generate`)."""
+PROMPT_SHARE = 0.25
+"""Share of a text that is taken for its prompt, where settings bound both together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Bytes of one device at a moment of a stage."""
+
+    moment: str
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    working: float = 0.0
+
+    @property
+    def live(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a stage needs.
+
+    Attributes:
+        stage: its name.
+        peak: the moment that takes most.
+        base: bytes of libraries, and what the allocator holds beyond live tensors.
+        room: bytes that there are.
+        seconds: of one unit.
+        unit: step, update, or run.
+        units: how many there will be; 0 where the rows decide.
+        trained: bytes of the weights that move.
+        roles: of ppo.
+    """
+
+    stage: str
+    peak: Peak
+    base: float
+    room: float
+    seconds: float
+    unit: str
+    units: int = 0
+    trained: float = 0.0
+    roles: Mapping[str, Role] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Bytes of one process on its device."""
+        return self.peak.live + self.base
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return self.total <= self.room
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Turns settings of stages into needs, on one machine.
+
+    Attributes:
+        blueprint: of the recipe's language models.
+        machine: what they run on.
+        ranking: texts of a row of the reward stage.
+    """
+
+    blueprint: Blueprint
+    machine: Machine
+    ranking: int
+
+    def need(self, stage: str, configs: Mapping[str, Any]) -> Need:
+        """Returns what a stage needs with these settings of it and of the others."""
+        config = configs[stage]
+        if stage == "pretrain":
+            return self._pretrain(config)
+        if stage == "sft":
+            return self._sft(config)
+        if stage == "ppo":
+            return self._ppo(config, configs["reward"])
+        if stage == "evaluate":
+            return self._evaluate(config, configs["ppo"])
+        return self._reward(config, stage)
+
+    def rehearse(self, act: Callable[[Blueprint, Ledger], Rehearsal]) -> Rehearsal:
+        """Returns a rehearsal of the whole depth out of those of one layer and of two."""
+        one, two = (act(self.blueprint.of_depth(n), Ledger(self.machine.rates)) for n in (1, 2))
+        return one.at(self.blueprint.layers, two)
+
+    @cached_property
+    def copy_bytes(self) -> float:
+        """Bytes of one causal LM in float32."""
+        sizes = []
+        for depth in (1, 2):
+            weights = self.blueprint.of_depth(depth).causal_lm().parameters()
+            sizes.append(sum(weight.numel() * weight.element_size() for weight in weights))
+        return float(sizes[0] + (self.blueprint.layers - 1) * (sizes[1] - sizes[0]))
+
+    def precision(self, wanted: str) -> str:
+        """Returns bf16 or fp32; GPUs compute in bf16 where it is left to them."""
+        if self.machine.is_gpu:
+            return "fp32" if wanted == "fp32" else "bf16"
+        return choose_precision(wanted)
+
+    def _pretrain(self, config: Any) -> Need:
+        training = None if config.take_as_is else config.training
+        rehearsal = self.rehearse(
+            lambda blueprint, ledger: rehearse_language_model(
+                blueprint,
+                ledger,
+                training=training,
+                lora=NO_LORA,
+                batch=training_rows(config.training.microbatch_size, config.sequence_length),
+                bf16=self.precision(config.training.precision) == "bf16",
+                adds_up=self._adds_up(config.training),
+            )
+        )
+        peaks = [self._peak(rehearsal, "validation")]
+        if training is None:
+            seconds = rehearsal.moments["validation"].seconds
+            return self._most("pretrain", peaks, seconds=seconds, unit="batch")
+        peaks += self._training(rehearsal, training)
+        return self._steps("pretrain", rehearsal, training, peaks)
+
+    def _sft(self, config: Any) -> Need:
+        rehearsal = self.rehearse(
+            lambda blueprint, ledger: rehearse_language_model(
+                blueprint,
+                ledger,
+                training=config.training,
+                lora=config.lora,
+                batch=training_rows(config.training.microbatch_size, config.max_length),
+                bf16=self.precision(config.training.precision) == "bf16",
+                adds_up=self._adds_up(config.training),
+            )
+        )
+        peaks = [
+            self._peak(rehearsal, "validation"),
+            *self._training(rehearsal, config.training),
+        ]
+        if config.lora.rank:
+            peaks.append(self._merged(rehearsal))
+        return self._steps("sft", rehearsal, config.training, peaks)
+
+    def _reward(self, config: Any, stage: str) -> Need:
+        texts, length = self.ranking, config.max_length
+        rehearsal = self.rehearse(
+            lambda blueprint, ledger: rehearse_reward(
+                blueprint,
+                ledger,
+                training=config.training,
+                lora=config.lora,
+                batch=rankings(
+                    rows=config.training.microbatch_size,
+                    texts=texts,
+                    prompt=max(1, int(PROMPT_SHARE * length)),
+                    length=length,
+                    packed=config.pack and not config.init_from,
+                ),
+                dropout=config.dropout,
+                bf16=self.precision(config.training.precision) == "bf16",
+                adds_up=self._adds_up(config.training),
+            )
+        )
+        peaks = [
+            self._peak(rehearsal, "validation"),
+            *self._training(rehearsal, config.training),
+            *([self._merged(rehearsal)] if config.lora.rank else []),
+            self._constants(rehearsal, config),
+        ]
+        return self._steps(stage, rehearsal, config.training, peaks)
+
+    def _ppo(self, config: Any, reward: Any) -> Need:
+        share = math.ceil(config.prompts_per_update / self.machine.processes)
+        workers = self._workers(config)
+        rows = min(GENERATED, math.ceil(share / workers))
+        mine = math.ceil(config.minibatch_size / self.machine.processes)
+        micro = min(config.microbatch_size, mine)
+        micros = math.ceil(mine / micro)
+        passes = min(2, micros)
+        precision = self.precision(config.precision)
+        settings = replace(
+            config.settings(torch.device("cpu")),
+            prompts_per_update=passes * micro,
+            minibatch_size=passes * micro,
+            microbatch_size=micro,
+            precision=precision,
+            workers=1,
+            optimisation=replace(config.optimisation, epochs=1, critic_warmup=0),
+            advantage=replace(config.advantage, responses_per_prompt=1)
+            if config.advantage.needs_value_model
+            else config.advantage,
+        )
+        replies = Replies(
+            rows=rows, prompt=config.max_prompt_tokens, response=config.max_response_tokens
+        )
+        rehearsal = self.rehearse(
+            lambda blueprint, ledger: rehearse_ppo(
+                blueprint,
+                ledger,
+                settings=settings,
+                roles=config.roles,
+                loras=(config.lora, reward.lora),
+                replies=replies,
+            )
+        )
+        peaks = [
+            *(self._peak(rehearsal, name, workers=workers) for name in (*REPLYING, "measure")),
+            self._peak(rehearsal, "optimise", gradients=True, workers=workers),
+            self._peak(rehearsal, "step", gradients=True, workers=workers),
+            self._peak(rehearsal, "text"),
+        ]
+        if self.machine.processes > 1:  # gradients of a role end to end, and their sum
+            largest = max(role.trained for role in rehearsal.roles.values())
+            peaks.append(self._held(rehearsal, "reduce gradients", extra=2 * largest))
+        if config.roles == "lora" and not self.machine.is_gpu:
+            copy = self.copy_bytes
+            peaks.append(self._held(rehearsal, "save merged", gradients=False, extra=copy))
+        moments = rehearsal.moments
+        steps = config.optimisation.epochs * config.prompts_per_update // config.minibatch_size
+        one_pass = max(0.0, moments["optimise"].seconds - moments["step"].seconds) / passes
+        seconds = (
+            math.ceil(share / rows) * reply_seconds(moments, replies)
+            + math.ceil(share / micro) * moments["measure"].seconds / passes
+            + steps * (micros * one_pass + moments["step"].seconds)
+        )
+        return replace(
+            self._most("ppo", peaks, seconds=seconds, unit="update"),
+            units=config.updates,
+            trained=rehearsal.gradients,
+            roles=rehearsal.roles,
+        )
+
+    def _evaluate(self, config: Any, ppo: Any) -> Need:
+        replies = Replies(
+            rows=config.batch_size, prompt=ppo.max_prompt_tokens, response=ppo.max_response_tokens
+        )
+        rehearsal = self.rehearse(
+            lambda blueprint, ledger: rehearse_evaluation(blueprint, ledger, replies)
+        )
+        workers = 1 if self.machine.is_gpu else self._workers(config)
+        names = (*REPLYING, "divergence", "likelihood", "text")
+        peaks = [self._peak(rehearsal, name, workers=workers) for name in names]
+        moments = rehearsal.moments
+        drawn = len(config.draw_rows) * max(config.best_of.sizes, default=0)
+        batches = config.num_prompts / config.batch_size / self.machine.processes
+        more = drawn / config.batch_size / self.machine.processes
+        seconds = (2 * batches + more) * reply_seconds(moments, replies) + batches * (
+            moments["divergence"].seconds + 2 * moments["likelihood"].seconds
+        )
+        return replace(self._most("evaluate", peaks, seconds=seconds, unit="run"), units=1)
+
+    def _workers(self, config: Any) -> int:
+        if self.machine.is_gpu:
+            return 1
+        threads = config.threads or max(1, num_cores() // self.machine.processes)
+        wanted = getattr(config, "workers", 0)
+        return wanted or min(2, threads)
+
+    def _adds_up(self, training: Any) -> bool:
+        """Whether gradients of other passes are there, or count as such since they are divided."""
+        together = training.microbatch_size * self.machine.processes
+        return training.minibatch_size > together or self.machine.sharding.divides_state
+
+    def _training(self, rehearsal: Rehearsal, training: Any) -> Iterator[Peak]:
+        adds_up = self._adds_up(training)
+        buckets = 0.0
+        if self.machine.processes > 1 and not self.machine.sharding.divides_state:
+            buckets = rehearsal.gradients  # of DistributedDataParallel
+        yield self._peak(rehearsal, "pass", gradients=adds_up, extra=buckets)
+        yield self._peak(rehearsal, "step", gradients=True, extra=buckets)
+
+    def _merged(self, rehearsal: Rehearsal) -> Peak:
+        """The trained model and its optimizer are there still when the merged one is made."""
+        copy = self.copy_bytes
+        looking = self._peak(rehearsal, "validation")
+        return replace(looking, moment="validate merged", weights=looking.weights + copy)
+
+    def _constants(self, rehearsal: Rehearsal, config: Any) -> Peak:
+        """The SFT model replies beside the reward model, to normalise its scores."""
+        wanted = config.normalisation
+        replies = Replies(
+            rows=min(GENERATED, math.ceil(wanted.num_samples / self.machine.processes)),
+            prompt=max(1, config.max_length - wanted.response_tokens),
+            response=wanted.response_tokens,
+        )
+        spoken = self.rehearse(lambda b, ledger: rehearse_generation(b, ledger, replies))
+        most = max(spoken.moments[name].most for name in REPLYING)
+        merged = self.copy_bytes if config.lora.rank else 0.0
+        return self._held(rehearsal, "normalise", gradients=False, extra=most + merged)
+
+    def _peak(
+        self,
+        rehearsal: Rehearsal,
+        name: str,
+        *,
+        gradients: bool = False,
+        workers: int = 1,
+        extra: float = 0.0,
+    ) -> Peak:
+        """Returns what a moment takes of a device.
+
+        Args:
+            rehearsal: of the stage.
+            name: of the moment.
+            gradients: whether all gradients are held while it lasts.
+            workers: passes side by side, each with gradients of its own.
+            extra: bytes beside it.
+        """
+        held = rehearsal.weights + rehearsal.optimizer + gradients * rehearsal.gradients
+        working = max(0.0, rehearsal.moments[name].most - held)
+        more = gradients * (workers - 1) * rehearsal.gradients
+        return self._held(
+            rehearsal, name, gradients=gradients, extra=workers * working + more + extra
+        )
+
+    def _held(
+        self, rehearsal: Rehearsal, name: str, *, gradients: bool = True, extra: float
+    ) -> Peak:
+        """Returns what is held throughout, divided as the machine says, and what comes on top."""
+        sharding, parts = self.machine.sharding, self.machine.processes
+        weights = rehearsal.weights
+        gathered = 0.0
+        if sharding.divides_weights:
+            weights = 0.0 if sharding.offload_weights else weights / parts
+            gathered = rehearsal.gathered
+        state = 1 / parts if sharding.divides_state else 1.0
+        away = sharding.offload_optimizer
+        return Peak(
+            moment=name,
+            weights=weights,
+            gradients=0.0 if away else gradients * rehearsal.gradients * state,
+            optimizer=0.0 if away else rehearsal.optimizer * state,
+            working=extra + gathered,
+        )
+
+    def _steps(self, stage: str, rehearsal: Rehearsal, training: Any, peaks: list[Peak]) -> Need:
+        passes = training.minibatch_size / training.microbatch_size / self.machine.processes
+        moments = rehearsal.moments
+        seconds = passes * moments["pass"].seconds + moments["step"].seconds
+        need = self._most(stage, peaks, seconds=seconds, unit="step")
+        return replace(need, units=training.steps, trained=rehearsal.gradients)
+
+    def _most(self, stage: str, peaks: list[Peak], *, seconds: float, unit: str) -> Need:
+        peak = max(peaks, key=lambda one: one.live)
+        if self.machine.is_gpu:
+            base = GPU_CONTEXT + GPU_SLACK * peak.live
+        else:
+            base = LIBRARIES[stage] * GB + CPU_SLACK * peak.live
+        room = self.machine.room
+        return Need(stage=stage, peak=peak, base=base, room=room, seconds=seconds, unit=unit)
+
+
+def reply_seconds(moments: Mapping[str, Moment], replies: Replies) -> float:
+    """Returns what a batch of replies takes; a token's step grows evenly with what it reads."""
+    step = (moments["first token"].seconds + moments["last token"].seconds) / 2
+    return moments["prefill"].seconds + (replies.response - 1) * step

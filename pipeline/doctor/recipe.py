@@ -1,0 +1,130 @@
+"""A recipe's settings of all stages, and the architecture of its models before any is here."""
+
+import contextlib
+import functools
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.config import require
+from pipeline.doctor.blueprint import Blueprint
+from pipeline.errors import told
+from pipeline.pretrained import from_pretrained
+
+PATIENCE = 3.0
+"""Seconds that the hub has to answer for a model's config.json."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PAIR = 2
+"""Texts of a ranking that is a pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe as it stands.
+
+    Attributes:
+        name: folder below configs/.
+        folder: of the run.
+        configs: settings by stage.
+    """
+
+    name: str
+    folder: Path
+    configs: Mapping[str, Any]
+
+    @property
+    def ranking(self) -> int:
+        """Texts of a row of the reward stage: those of rated sets, else a pair."""
+        ratings = self.configs["data"].ratings
+        return PAIR if ratings.source == "none" else int(ratings.ranking_size)
+
+    def tokenizer_folder(self) -> Path | None:
+        """Returns where the run's tokenizer lies already, or the one that it will take."""
+        own, taken = self.folder / "tokenizer", Path(self.configs["tokenizer"].init_from or "-")
+        found = [place for place in (own, taken) if (place / "tokenizer_config.json").is_file()]
+        return found[0] if found else None
+
+    def origin_config(self) -> Any | None:
+        """Returns the configuration of the model to start from; None where it is not reached."""
+        from transformers import AutoConfig
+
+        folder = config_folder(self.configs["pretrain"].init_from)
+        if folder is None:
+            return None
+        with told(f"{folder}: no configuration of a model could be read there"):
+            return from_pretrained(AutoConfig, folder, weights=False)
+
+    def blueprint(self, *, packs: bool) -> Blueprint:
+        """Returns what the recipe's language models are made like.
+
+        Raises:
+            UserError: nothing says it, or transformers knows no such model.
+        """
+        from transformers import CONFIG_MAPPING
+
+        pretrain = self.configs["pretrain"]
+        said = pretrain.architecture
+        options = dict(said.options)
+        if pretrain.init_from and not options:
+            config = self.origin_config()
+            require(
+                config is not None,
+                f"configs/{self.name}/pretrain.yaml: {pretrain.init_from} is not reached from "
+                "here. Say in its section architecture what it is (model_type, options)",
+            )
+            assert config is not None
+            kept = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+            return Blueprint(model_type=config.model_type, options=kept, packs=packs)
+        require(
+            said.model_type in CONFIG_MAPPING,
+            f"architecture.model_type: {said.model_type!r} unknown",
+        )
+        if not pretrain.init_from:
+            options |= {
+                "vocab_size": self.vocabulary(),
+                "max_position_embeddings": pretrain.context_length or pretrain.sequence_length,
+            }
+        with told(f"architecture: {said.model_type}"):
+            found = Blueprint(model_type=said.model_type, options=options, packs=packs)
+            found.config()
+        return found
+
+    def vocabulary(self) -> int:
+        """Returns the tokens of the run's tokenizer, or the most that it may have."""
+        file = self.folder / "tokenizer" / "tokenizer.json"
+        if file.is_file():
+            from pipeline.models import load_tokenizer
+
+            return len(load_tokenizer(file.parent))
+        return int(self.configs["tokenizer"].vocabulary_size)
+
+
+@functools.cache
+def config_folder(init_from: str) -> Path | None:
+    """Returns the folder with the config.json of a model; None where it is not reached.
+
+    It may lie on this disk, in the hub's cache, or on the hub.
+    """
+    if (Path(init_from or "-") / "config.json").is_file():
+        return Path(init_from)
+    if not HUB_ID.fullmatch(init_from) or init_from.endswith(".gguf"):
+        return None
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    known = try_to_load_from_cache(init_from, "config.json")
+    if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(OSError, ValueError):  # no network, no such model, no permission
+            _knock(constants.ENDPOINT)
+            known = hf_hub_download(init_from, "config.json", etag_timeout=PATIENCE)
+    return Path(known).parent if isinstance(known, str) else None
+
+
+def _knock(endpoint: str) -> None:
+    """Raises OSError where a server does not answer at once; the hub's client tries for minutes."""
+    address = urlsplit(endpoint)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    socket.create_connection((address.hostname or "", port), timeout=PATIENCE).close()

@@ -1,0 +1,335 @@
+"""Every stage's own passes on tensors without contents: what they hold, how long they take.
+
+Models of one layer and of two are rehearsed: every figure is linear in the number of layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.doctor.blueprint import Blueprint, roles_of
+from pipeline.doctor.ledger import Ledger, hollow
+from pipeline.doctor.seen import Rehearsal, Stage
+from pipeline.evaluation.alignment_tax import ROWS_PER_BATCH
+from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
+from pipeline.fitting import mean_nll, prefer_fast_attention
+from pipeline.language_loss import labelled_nll, plain_head
+from pipeline.lora import LoRA, with_adapter
+from pipeline.optim import build_optimizer
+from pipeline.ppo.cache import make_room
+from pipeline.ppo.passes import Lesson, precision_context
+from pipeline.ppo.rollout import Sampled, generate, sample_tokens
+from pipeline.ppo.settings import Settings
+from pipeline.ppo.trainer import PPOTrainer
+from pipeline.reward.data import RankingCollator
+from pipeline.reward.loss import comparison_loss
+from pipeline.reward.scores import raw_scores
+from pipeline.reward.training import add_dropout, ranking_scores
+from pipeline.training import Training
+
+ROLES = ("policy", "reference", "reward model", "value")
+SCORED = 64
+"""Texts that are scored at once (`pipeline.reward.scores.raw_scores`)."""
+PAD, EOS, WORD = 0, 1, 2
+"""Tokens of made-up rows; none of them ends."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replies:
+    """Generation: so many rows at once, tokens of each prompt and of each reply."""
+
+    rows: int
+    prompt: int
+    response: int
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Made-up prompts."""
+        return [[WORD] * self.prompt] * self.rows
+
+
+def training_rows(rows: int, length: int) -> dict[str, Tensor]:
+    """Returns a batch of a language model; one row is a token shorter, so that there is padding."""
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[-1, -1] = 0 if rows > 1 else 1
+    ids = torch.full((rows, length), WORD)
+    return {"input_ids": ids, "labels": ids, "attention_mask": mask}
+
+
+def rehearse_language_model(
+    blueprint: Blueprint,
+    ledger: Ledger,
+    *,
+    training: Training | None,
+    lora: LoRA,
+    batch: dict[str, Tensor],
+    bf16: bool,
+    adds_up: bool = True,
+) -> Rehearsal:
+    """Returns what pretrain and sft do: passes on microbatches, steps, validation.
+
+    Args:
+        blueprint: of the model.
+        ledger: that counts.
+        training: of the stage; None where the model is only measured.
+        lora: adapters, if any.
+        batch: of a pass.
+        bf16: whether passes are in bfloat16.
+        adds_up: whether passes find gradients of others before them.
+    """
+    model = blueprint.causal_lm(quantised=lora.quantise == "4bit")
+    trained = _adapted(model, lora, task="CAUSAL_LM")
+    if blueprint.packs:  # on a processor
+        prefer_fast_attention(trained, bf16=bf16 and training is not None)
+    stage = Stage(ledger, {"model": trained})
+
+    def loss() -> Tensor:
+        if plain_head(model):
+            head = model.get_output_embeddings().weight
+            return labelled_nll(trained, batch, head=head)
+        return trained(**batch, use_cache=False).loss
+
+    with ledger:
+        if training is not None:
+            optimizer = build_optimizer(trained, training)
+            stage.settle([optimizer], foreach=not blueprint.packs)
+            _rehearse_training(
+                stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up
+            )
+        stage.observe("validation", lambda: mean_nll(trained, [batch]))
+    return stage.seen()
+
+
+def rehearse_reward(
+    blueprint: Blueprint,
+    ledger: Ledger,
+    *,
+    training: Training,
+    lora: LoRA,
+    batch: dict[str, Any],
+    dropout: float,
+    bf16: bool,
+    adds_up: bool = True,
+) -> Rehearsal:
+    """Returns what a reward stage does: passes on microbatches of rankings, and steps.
+
+    Args:
+        blueprint: of the model below the new head.
+        ledger: that counts.
+        training: of the stage.
+        lora: adapters, if any.
+        batch: of `rankings`.
+        dropout: in front of every layer.
+        bf16: whether passes are in bfloat16.
+        adds_up: whether passes find gradients of others before them.
+    """
+    model = blueprint.classifier(quantised=lora.quantise == "4bit")
+    trained = _adapted(model, lora, task="SEQ_CLS")
+    if dropout > 0:
+        add_dropout(model, probability=dropout)
+    if blueprint.packs:
+        prefer_fast_attention(trained, bf16=bf16)
+    stage = Stage(ledger, {"model": trained})
+
+    def loss() -> Tensor:
+        scores = ranking_scores(trained, batch, unwrapped=trained)
+        pairs = {"better": batch["better"], "worse": batch["worse"], "targets": batch["labels"]}
+        return comparison_loss(scores, **pairs)
+
+    with ledger:
+        optimizer = build_optimizer(trained, training)
+        stage.settle([optimizer], foreach=not blueprint.packs)
+        _rehearse_training(stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up)
+        texts = [[WORD] * batch["length"]] * SCORED
+        stage.observe("validation", lambda: raw_scores(trained, texts, pad_id=PAD))
+    return stage.seen()
+
+
+def rankings(*, rows: int, texts: int, prompt: int, length: int, packed: bool) -> dict[str, Any]:
+    """Returns a batch of the reward stage.
+
+    Args:
+        rows: rankings.
+        texts: of each ranking.
+        prompt: tokens of its prompt.
+        length: tokens of prompt and text together.
+        packed: whether texts stand side by side in rows.
+    """
+    row = {
+        "sequences": [[WORD] * length] * texts,
+        "starts": [prompt] * texts,
+        "better": torch.tensor([0]),
+        "worse": torch.tensor([1]),
+        "targets": torch.ones(1),
+    }
+    return RankingCollator(pad_id=PAD, packed=packed)([row] * rows) | {"length": length}
+
+
+def _adapted(model: Any, lora: LoRA, *, task: str) -> Any:
+    with torch.device("meta"):
+        trained = with_adapter(model, lora, task=task, seed=0)
+    return hollow(trained)
+
+
+def _rehearse_training(
+    stage: Stage,
+    model: Any,
+    loss: Callable[[], Tensor],
+    *,
+    optimizer: torch.optim.Optimizer,
+    bf16: bool,
+    adds_up: bool,
+) -> None:
+    """Notes a pass, in training mode; the optimizer is settled."""
+    if not adds_up:
+        optimizer.zero_grad()
+
+    def one_pass() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            total = loss()
+        total.backward()
+
+    model.train()
+    stage.observe("pass", one_pass)
+    optimizer.zero_grad()
+    model.eval()
+
+
+def rehearse_generation(
+    blueprint: Blueprint, ledger: Ledger, replies: Replies, *, precision: str = "fp32"
+) -> Rehearsal:
+    """Returns what a causal LM takes to reply: reading the prompts, and the last token's step."""
+    model = blueprint.reader(blueprint.causal_lm())
+    stage = Stage(ledger, {"model": model})
+    with ledger:
+        _rehearse_replies(stage, model, replies, precision=precision)
+    return stage.seen()
+
+
+def _rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: str) -> None:
+    with precision_context(precision, CPU):
+        numbers = torch.zeros(replies.rows, 1)
+        stage.observe(
+            "prefill",
+            lambda: generate(
+                policy,
+                replies.prompts,
+                uniforms=numbers,
+                eos_id=EOS,
+                pad_id=PAD,
+                batch_size=replies.rows,
+            ),
+        )
+        for name, length in (("first token", 2), ("last token", replies.response)):
+            token = _next_token(policy, replies, seen=replies.prompt + length - 1)
+            stage.observe(name, token)
+            del token
+
+
+@torch.no_grad()
+def _next_token(policy: Any, replies: Replies, *, seen: int) -> Callable[[], Any]:
+    """Returns the step of a decoding whose cache has room for all and holds what was seen."""
+    rows, total = replies.rows, replies.prompt + replies.response
+    ids, mask = torch.full((rows, 1), WORD), torch.ones(rows, seen, dtype=torch.long)
+    cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    make_room(cache, positions=total - 1)
+    for layer in cache.layers:
+        _, heads, _, width = layer.keys.shape
+        states = layer.keys.new_empty(rows, heads, seen - 2, width)
+        layer.update(states, states)
+
+    @torch.no_grad()
+    def step() -> Any:
+        output = policy(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=torch.full((rows, 1), seen - 1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return sample_tokens(output.logits[:, -1], torch.zeros(rows), temperature=1.0)
+
+    return step
+
+
+def rehearse_ppo(
+    blueprint: Blueprint,
+    ledger: Ledger,
+    *,
+    settings: Settings,
+    roles: str,
+    loras: tuple[LoRA, LoRA],
+    replies: Replies,
+) -> Rehearsal:
+    """Returns what an update of ppo does: it replies, measures, scores, and optimises.
+
+    Args:
+        blueprint: of all four models.
+        ledger: that counts.
+        settings: of the trainer; a rollout is one minibatch of one pass or two.
+        roles: separate, trunk or lora.
+        loras: the policy's adapter and the reward model's.
+        replies: of one worker's batch.
+    """
+    lora, reward_lora = loras
+    critic = settings.advantage.needs_value_model
+    four = roles_of(blueprint, roles=roles, lora=lora, reward_lora=reward_lora, critic=critic)
+    named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
+    stage = Stage(ledger, {name: role for name, role in named if role is not None})
+    size = settings.minibatch_size
+    longest = replies.prompt + replies.response
+    text = torch.full((settings.microbatch_size, longest), WORD)
+    trainer = PPOTrainer(
+        four,
+        [[WORD]],
+        settings=settings,
+        accelerator=None,  # it is asked for where processes are several
+        eos_id=EOS,
+        pad_id=PAD,
+        text=text if settings.optimisation.ptx_coef > 0 else None,
+    )
+    optimizers = trainer.optimiser.optimizers.values()
+    prompts, responses = [[WORD] * replies.prompt] * size, [[WORD] * replies.response] * size
+    unknown = [torch.zeros(replies.response)] * size
+    sampled = Sampled(responses, {"logprobs": unknown, "entropy": unknown})
+    with ledger:
+        stage.settle(list(optimizers), foreach=not blueprint.packs)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        _rehearse_replies(stage, four.policy, replies, precision=settings.precision)
+        kept: list[Any] = []
+        stage.observe("measure", lambda: kept.append(trainer.measure(prompts, sampled)))
+        experience = kept.pop()
+        zeros = torch.zeros(experience.mask.shape)
+        lesson = Lesson(experience, zeros, zeros if critic else None, 0.0)
+        stage.observe(
+            "optimise", lambda: trainer.optimiser.run(0, lesson, steps=[], goes_on=lambda: True)
+        )
+        stage.observe("text", lambda: trainer.text_perplexity(text))
+    return stage.seen()
+
+
+def rehearse_evaluation(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with its four models: replies, divergence, likelihood, text."""
+    sft, ppo, pretrain = (blueprint.reader(blueprint.causal_lm()) for _ in range(3))
+    reward = blueprint.reader(blueprint.classifier())
+    stage = Stage(ledger, {"sft": sft, "ppo": ppo, "pretrain": pretrain, "reward": reward})
+    prompts, responses = replies.prompts, [[WORD] * replies.response] * replies.rows
+    rows = {"prompts": prompts, "responses": responses}
+    batching = Batching(pad_id=PAD, batch_size=replies.rows)
+    text = training_rows(ROWS_PER_BATCH, replies.prompt + replies.response)
+    with ledger:
+        _rehearse_replies(stage, sft, replies, precision="fp32")
+        stage.observe(
+            "divergence", lambda: divergence(ppo, reference=sft, **rows, batching=batching)
+        )
+        stage.observe(
+            "likelihood", lambda: negative_log_likelihood(pretrain, **rows, batching=batching)
+        )
+        stage.observe("text", lambda: mean_nll(sft, [text]))
+    return stage.seen()

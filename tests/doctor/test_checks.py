@@ -1,0 +1,193 @@
+"""What the doctor finds wrong beside sizes: every finding, good and bad."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.doctor import checks, recipe
+from pipeline.doctor.machine import GPUS, Machine, Sharding
+from pipeline.doctor.needs import Need, Peak
+from pipeline.errors import UserError
+from pipeline.tokenizer import train_tokenizer
+from stages.doctor import Config, recipe_of
+
+
+def machine(processes: int = 1, **more) -> Machine:
+    return Machine(
+        name="test",
+        processes=processes,
+        memory=10**9,
+        rates=GPUS["a100"].rates,
+        is_gpu=True,
+        **more,
+    )
+
+
+def of(*words: str, run: Path | str = "runs/none", name: str = "smoke") -> recipe.Recipe:
+    return recipe_of(Config(recipe=name, run=str(run), words=words))
+
+
+def only(findings) -> tuple[str, str]:
+    (found,) = findings
+    return found.state, found.text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with a tokenizer, and sft and reward that hold it too."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(["hello there, how are you"] * 4, vocabulary_size=300)
+    for stage in ("tokenizer", "sft", "reward"):
+        tokenizer.save_pretrained(folder / stage)
+    return folder
+
+
+def test_what_is_not_there_yet_is_said_to_be_so():
+    absent = of()
+    assert only(checks.tokens(absent, machine()))[0] == "unknown"
+    state, text = only(checks.agreement(absent, machine()))
+    assert (state, text) == ("unknown", "reward model reward: made from sft, with its tokenizer")
+
+
+def test_our_own_tokenizer_passes(run):
+    states = [found.state for found in checks.tokens(of(run=run), machine())]
+    assert states == ["good", "good"]
+    assert only(checks.agreement(of(run=run), machine())) == (
+        "good", "reward model reward reads the policy's tokens",
+    )  # fmt: skip
+
+
+def test_a_template_that_marks_no_reply_is_wrong(run, monkeypatch):
+    monkeypatch.setattr(checks, "encode_conversation", lambda *_: ([5, 6], [False, False]))
+    found = list(checks.tokens(of(run=run), machine()))[-1]
+    assert found.state == "wrong"
+    assert "does not mark a reply and its EOS. Run: make tokenizer" in found.text
+
+
+def test_texts_that_do_not_come_back_are_wrong(run, monkeypatch):
+    monkeypatch.setattr(checks, "SAYING", ("  spaces around are lost  ",))
+    found = list(checks.tokens(of(run=run), machine()))[-1]
+    assert found.state == "wrong"
+    assert "does not come through the tokenizer as it is" in found.text
+
+
+def test_a_reward_model_of_another_tokenizer_is_wrong(run, tmp_path):
+    other = train_tokenizer(["something else entirely"] * 4, vocabulary_size=290)
+    other.save_pretrained(tmp_path / "reward")
+    (tmp_path / "sft").symlink_to(run / "sft")
+    state, text = only(checks.agreement(of(run=tmp_path), machine()))
+    assert state == "wrong"
+    assert text.endswith("another tokenizer than the policy. Run: make reward FORCE=1")
+
+
+def test_pad_that_is_eos_is_found(run, tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["hello"] * 4, vocabulary_size=290)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = checks.examine(of(run=tmp_path), machine(), [], copy=0.0)
+    assert any(f.state == "wrong" and "PAD must be a token of its own" in f.text for f in found)
+
+
+def test_batches_that_do_not_divide_are_wrong():
+    assert only(checks.batches(of(), machine(2)))[0] == "good"
+    found = checks.examine(of(), machine(3), [], copy=0.0)
+    assert any(f.state == "wrong" and "training.minibatch_size: 8 is not" in f.text for f in found)
+    few = ["--pretrain.training.minibatch_size=12", "--sft.training.minibatch_size=12"]
+    few += ["--reward.training.minibatch_size=3", "--reward_guard.training.minibatch_size=3"]
+    state, text = only(checks.batches(of(*few), machine(3)))
+    assert state == "wrong"
+    assert text.startswith("ppo: minibatch_size 8 is no multiple of 3; ")
+
+
+def test_rows_beyond_the_context_are_wrong():
+    assert only(checks.contexts(of(), machine()))[0] == "good"
+    state, text = only(checks.contexts(of("--sft.max_length=200"), machine()))
+    assert state == "wrong"
+    assert text.startswith("sft: max_length 200: beyond the model's context of 128 positions")
+
+
+def test_stages_that_cannot_divide_their_models_are_named():
+    assert not list(checks.sharding(of(), machine()))
+    state, text = only(checks.sharding(of(), machine(sharding=Sharding(kind="fsdp"))))
+    assert state == "wrong"
+    assert "ppo and evaluate" in text
+
+
+def test_other_libraries_than_the_tested_are_named(monkeypatch):
+    assert only(checks.libraries(of(), machine()))[0] == "good"
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "9.9+cpu")
+    state, text = only(checks.libraries(of(), machine()))
+    assert state == "wrong"
+    assert "torch 9.9 (tested: " in text
+
+
+def test_libraries_that_settings_need_are_looked_for(monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    four_bit = of("--sft.lora.rank=4", "--sft.lora.quantise=4bit")
+    found = list(checks.libraries(four_bit, machine(sharding=Sharding(kind="zero2"))))[1:]
+    assert [one.text for one in found] == [
+        "bitsandbytes is not installed. Run: pip install bitsandbytes",
+        "deepspeed is not installed. Run: pip install deepspeed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "tracking", "state"),
+    [(True, "wandb", "good"), (False, "wandb", "wrong"), (False, "auto", "good")],
+)
+def test_the_key_of_wandb_is_looked_for(monkeypatch, key, tracking, state):
+    monkeypatch.setattr(checks, "key_is_configured", lambda: key)
+    assert only(checks.tracking(of(f"--ppo.tracking={tracking}"), machine()))[0] == state
+
+
+def test_where_nothing_is_tracked_no_key_is_missed():
+    quiet = of(*(f"--{stage}.tracking=none" for stage in ("data", "tokenizer", "report")))
+    assert not list(checks.tracking(quiet, machine()))
+
+
+def test_a_disk_that_is_too_small_is_found(monkeypatch):
+    peak = Peak(moment="pass")
+    one = Need(stage="sft", peak=peak, base=0.0, room=1.0, seconds=1.0, unit="step", trained=100.0)
+    here = machine(is_here=True)
+    # the model of 1000 bytes, and three copies of what is trained in each of two points and one
+    for free, state in ((1900, "good"), (1899, "wrong")):
+        monkeypatch.setattr(
+            checks.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free})
+        )
+        assert checks.disk(of(), here, [one], copy=1000.0).state == state
+    assert checks.disk(of(), machine(), [one], copy=1000.0).state == "unknown"
+
+
+def test_the_hubs_model_is_held_against_the_recipe(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path)
+    words = [f"--pretrain.init_from={tmp_path}", "--pretrain.architecture.model_type=llama"]
+    for width, state in ((64, "good"), (65, "wrong")):
+        given = of(*words, f'--pretrain.architecture.options={{"hidden_size": {width}}}')
+        assert only(checks.architecture(given, machine()))[0] == state
+
+
+def test_a_model_that_is_not_reached_is_believed_or_refused(monkeypatch):
+    monkeypatch.setattr(recipe, "config_folder", lambda init_from: None)
+    assert only(checks.architecture(of(name="pythia-1b-tldr"), machine()))[0] == "unknown"
+    unknown = of("--pretrain.architecture.options={}", name="pythia-1b-tldr")
+    with pytest.raises(
+        UserError, match="is not reached from here. Say in its section architecture"
+    ):
+        unknown.blueprint(packs=True)
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(UserError, match="architecture.model_type: 'nonsense' unknown"):
+        of("--pretrain.architecture.model_type=nonsense").blueprint(packs=True)
+
+
+@pytest.mark.parametrize("init_from", ["", "package:a==1/b.gguf", "model.gguf", "/none/of/it"])
+def test_what_is_no_model_on_the_hub_is_not_asked_for(init_from):
+    assert recipe.config_folder(init_from) is None
+
+
+def test_the_vocabulary_is_the_tokenizers_or_the_most_it_may_have(run):
+    assert of().vocabulary() == 512
+    assert of(run=run).vocabulary() <= 300

@@ -1,0 +1,84 @@
+"""Machines: sizes, accelerate's files, kinds of GPUs."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.doctor import machine
+from pipeline.doctor.machine import Sharding, gpus, read_accelerate, size_of
+from pipeline.errors import UserError
+
+ACCELERATE = Path("configs/accelerate")
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), [("80GB", 80 * 10**9), ("40 GiB", 40 * 2**30), ("1.5tb", 1.5e12), ("7", 7)]
+)
+def test_sizes_are_read(words, size):
+    assert size_of(words) == size
+
+
+@pytest.mark.parametrize("words", ["", "GB", "80 apples", "1.2.3GB", ".", "-1GB"])
+def test_what_is_no_size_is_refused(words):
+    with pytest.raises(UserError, match="--device_memory: a size as in 80GB"):
+        size_of(words)
+
+
+def test_an_unknown_kind_of_gpu_is_refused():
+    with pytest.raises(UserError, match="--device: must be one of a100, .*got 'b52'"):
+        gpus("b52", processes=1, memory=0, sharding=Sharding())
+
+
+def test_memory_that_is_named_replaces_the_kinds():
+    found = gpus("h100", processes=8, memory=size_of("96GB"), sharding=Sharding())
+    assert (found.room, found.is_gpu, found.is_here) == (96e9, True, False)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("cpu.yaml", (2, False, Sharding())),
+        ("ddp.yaml", (2, True, Sharding())),
+        ("multi_node.yaml", (16, True, Sharding())),
+        ("fsdp2.yaml", (2, True, Sharding(kind="fsdp"))),
+        ("deepspeed_zero2.yaml", (2, True, Sharding(kind="zero2"))),
+        ("deepspeed_zero3.yaml", (2, True, Sharding(kind="zero3"))),
+    ],
+)
+def test_accelerates_files_say_processes_devices_and_sharding(file, expected):
+    assert read_accelerate(ACCELERATE / file) == expected
+
+
+def test_offload_is_read(tmp_path):
+    path = tmp_path / "zero.yaml"
+    text = (ACCELERATE / "deepspeed_zero3.yaml").read_text()
+    path.write_text(text.replace("offload_optimizer_device: none", "offload_optimizer_device: cpu"))
+    assert read_accelerate(path)[2] == Sharding(kind="zero3", offload_optimizer=True)
+    path.write_text(
+        (ACCELERATE / "fsdp2.yaml")
+        .read_text()
+        .replace("fsdp_offload_params: false", "fsdp_offload_params: true")
+    )
+    everything = Sharding(kind="fsdp", offload_weights=True, offload_optimizer=True)
+    assert read_accelerate(path)[2] == everything
+
+
+def test_a_file_that_accelerate_cannot_read_is_one_line(tmp_path):
+    (tmp_path / "bad.yaml").write_text("num_processes: [")
+    with pytest.raises(UserError, match="bad.yaml: accelerate cannot read it"):
+        read_accelerate(tmp_path / "bad.yaml")
+
+
+def test_processes_share_a_processors_memory_and_not_gpus(monkeypatch):
+    monkeypatch.setattr(machine, "measured_rates", lambda threads: machine.GPUS["a100"].rates)
+    one, two = (machine.this_machine(number) for number in (1, 2))
+    assert one.is_here
+    assert not one.is_gpu
+    assert two.room == one.room / 2
+    assert gpus("", processes=2, memory=0, sharding=Sharding()).room == 80e9
+
+
+def test_measured_rates_are_those_of_real_products():
+    rates = machine.measured_rates(1)
+    assert 1e8 < rates.fp32_flops < 1e14
+    assert 1e7 < rates.bandwidth < 1e13

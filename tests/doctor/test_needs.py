@@ -1,0 +1,120 @@
+"""Needs: what is divided, kept elsewhere and added, in round numbers."""
+
+import dataclasses
+
+import pytest
+
+from pipeline.doctor.blueprint import Blueprint
+from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
+from pipeline.doctor.mending import changes, mend
+from pipeline.doctor.needs import Need, Peak, Planner, reply_seconds
+from pipeline.doctor.rehearsal import Replies
+from pipeline.doctor.seen import Moment, Rehearsal
+from pipeline.lora import LoRA
+from pipeline.training import Training
+from stages.ppo import Config as PPOConfig
+from stages.sft import Config as SFTConfig
+
+SEEN = Rehearsal(
+    weights=1000.0,
+    gradients=800.0,
+    optimizer=1600.0,
+    moments={"pass": Moment(3900.0, 2.0, 0.0), "step": Moment(3500.0, 0.5, 0.0)},
+    gathered=300.0,
+)
+TRAINING = Training(minibatch_size=64, microbatch_size=2, steps=10)
+BLUEPRINT = Blueprint(model_type="llama", options={}, packs=False)
+
+
+def planner(processes=4, **sharding) -> Planner:
+    machine = gpus("a100", processes=processes, memory=0, sharding=Sharding(**sharding))
+    return Planner(blueprint=BLUEPRINT, machine=machine, ranking=2)
+
+
+def peak(ours: Planner) -> tuple[float, ...]:
+    found = next(iter(ours._training(SEEN, TRAINING)))
+    return dataclasses.astuple(found)[1:]
+
+
+def test_whole_models_are_held_and_a_bucket_of_gradients_with_them():
+    # 3900 - 1000 - 800 - 1600 = 500 of work, and DistributedDataParallel's 800
+    assert peak(planner()) == (1000, 800, 1600, 1300)
+    assert peak(planner(processes=1)) == (1000, 800, 1600, 500)
+
+
+def test_what_is_divided_is_a_quarter_on_four():
+    assert peak(planner(kind="zero2")) == (1000, 200, 400, 500)
+    assert peak(planner(kind="zero3")) == (250, 200, 400, 800)  # 300 are gathered
+    assert peak(planner(kind="fsdp")) == (250, 200, 400, 800)
+
+
+def test_what_the_host_keeps_is_not_on_the_device():
+    assert peak(planner(kind="zero3", offload_optimizer=True)) == (250, 0, 0, 800)
+    everything = {"offload_weights": True, "offload_optimizer": True}
+    assert peak(planner(kind="fsdp", **everything)) == (0, 0, 0, 800)
+
+
+def test_a_step_takes_all_its_passes():
+    found = planner()._steps("sft", SEEN, TRAINING, [Peak(moment="pass", weights=1e9)])
+    assert found.seconds == 64 / 2 / 4 * 2.0 + 0.5
+    assert (found.unit, found.units) == ("step", 10)
+    assert found.total == pytest.approx(1e9 * (1 + GPU_SLACK) + GPU_CONTEXT)
+    assert found.fits
+
+
+def test_a_second_worker_holds_its_own_gradients_and_pass():
+    found = planner(processes=1)._peak(SEEN, "pass", gradients=True, workers=2)
+    assert found.working == 2 * 500 + 800
+
+
+def test_replies_take_a_step_a_token():
+    moments = {
+        "prefill": Moment(0.0, 3.0, 0.0), "first token": Moment(0.0, 1.0, 0.0),
+        "last token": Moment(0.0, 2.0, 0.0),
+    }  # fmt: skip
+    assert reply_seconds(moments, Replies(rows=1, prompt=4, response=11)) == 3 + 10 * 1.5
+
+
+def test_smaller_batches_are_tried_before_adapters():
+    training = Training(minibatch_size=8, microbatch_size=4)
+    assert list(changes("sft", SFTConfig(training=training))) == [
+        ["--sft.training.microbatch_size=2"],
+        ["--sft.training.microbatch_size=1"],
+        ["--sft.training.microbatch_size=1", "--sft.lora.rank=16"],
+    ]
+    assert list(changes("ppo", PPOConfig(microbatch_size=2)))[-1] == [
+        "--ppo.microbatch_size=1", "--ppo.roles=lora", "--ppo.lora.rank=16", "--reward.lora.rank=16"
+    ]  # fmt: skip
+
+
+def need(total: float) -> Need:
+    found = Peak(moment="pass", weights=total)
+    return Need(stage="sft", peak=found, base=0.0, room=5e9, seconds=1.0, unit="step")
+
+
+def test_the_first_change_that_fits_is_told():
+    asked = []
+
+    def attempt(words):
+        asked.append(words)
+        return need(8e9 / len(asked))
+
+    told = mend("sft", SFTConfig(training=Training(microbatch_size=8)), attempt=attempt)
+    assert told == "it fits with --sft.training.microbatch_size=2: 4.0 GB"
+
+
+@pytest.mark.parametrize(
+    ("stage", "config", "words"),
+    [
+        ("sft", SFTConfig(lora=LoRA(rank=4)), "divide the model over more GPUs"),
+        ("ppo", PPOConfig(), "take a smaller model, or devices with more memory"),
+    ],
+)
+def test_where_nothing_helps_something_else_is_told(stage, config, words):
+    told = mend(stage, config, attempt=lambda _: need(9e9))
+    assert "no smaller batch helps (9.0 GB)" in told
+    assert words in told
+
+
+def test_gpus_of_the_data_sheets_are_in_order():
+    assert GPUS["h100"].rates.bf16_flops > GPUS["a100"].rates.bf16_flops

@@ -1,0 +1,186 @@
+"""Rehearsals: sizes by hand, and what two depths say of a third."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
+from pipeline.doctor.ledger import Ledger
+from pipeline.doctor.machine import Rates
+from pipeline.doctor.rehearsal import (
+    Replies,
+    rankings,
+    rehearse_evaluation,
+    rehearse_generation,
+    rehearse_language_model,
+    rehearse_ppo,
+    rehearse_reward,
+    training_rows,
+)
+from pipeline.lora import LoRA
+from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.training import Training
+
+WIDTH, INNER, WORDS, HEADS = 32, 64, 300, 4
+LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER + 2 * WIDTH
+OUTSIDE = 2 * WORDS * WIDTH + WIDTH  # embeddings, head, last norm
+BLUEPRINT = Blueprint(
+    model_type="llama",
+    options={
+        "vocab_size": WORDS,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 3,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    },
+    packs=True,
+)
+TRAINING = Training(minibatch_size=4, microbatch_size=2)
+BUFFERS = 2 * 4 * WIDTH // HEADS // 2
+"""Bytes of a Llama's rotary frequencies, kept twice."""
+
+
+def ledger() -> Ledger:
+    return Ledger(Rates(fp32_flops=1e9, bf16_flops=1e9, bandwidth=1e9))
+
+
+NO_LORA = LoRA()
+
+
+def language_model(blueprint, lora=NO_LORA, **more):
+    batch = training_rows(2, 16)
+    return rehearse_language_model(
+        blueprint, ledger(), training=TRAINING, lora=lora, batch=batch, bf16=False, **more
+    )
+
+
+def test_a_language_model_is_four_copies_of_its_weights_and_what_a_pass_holds():
+    seen = language_model(BLUEPRINT)
+    weights = 4 * (3 * LAYER + OUTSIDE)
+    assert seen.weights == weights + BUFFERS
+    assert seen.gradients == weights
+    assert seen.optimizer == pytest.approx(2 * weights, abs=500)  # and a count of steps each
+    held = seen.weights + seen.gradients + seen.optimizer
+    assert held < seen.moments["pass"].most < held + 1e6
+    # 2 rows of 16 tokens through every matrix, forward once and backward twice; the head, whose
+    # loss is computed with its gradient, meets 30 of them: the first token has no target
+    matrices = 3 * (LAYER - 2 * WIDTH)
+    attention = 3 * (2 + 5) * 2 * 2 * HEADS * 16 * 16 * (WIDTH // HEADS)
+    flops = 6 * (matrices * 32 + WORDS * WIDTH * 30) + attention
+    assert seen.moments["pass"].flops == pytest.approx(flops, rel=0.01)
+
+
+def test_two_depths_say_what_three_layers_take():
+    one, two = (language_model(BLUEPRINT.of_depth(depth)) for depth in (1, 2))
+    drawn, direct = one.at(3, two), language_model(BLUEPRINT)
+    assert drawn.weights == direct.weights
+    assert drawn.optimizer == direct.optimizer
+    for name, moment in direct.moments.items():
+        assert dataclasses.astuple(drawn.moments[name]) == pytest.approx(
+            dataclasses.astuple(moment), rel=1e-3
+        )
+    assert drawn.gathered == 4 * (2 * LAYER + OUTSIDE) + BUFFERS
+
+
+def test_adapters_train_little_and_four_bits_weigh_an_eighth():
+    lora = language_model(BLUEPRINT, LoRA(rank=2))
+    per_layer = 2 * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))  # rank 2, four square matrices and three
+    assert lora.gradients == 4 * 3 * per_layer
+    packed = language_model(BLUEPRINT, LoRA(rank=2, quantise="4bit"))
+    matrices = 3 * (LAYER - 2 * WIDTH)
+    saved = (4 - PACKED_BYTES) * matrices
+    assert lora.weights - packed.weights == pytest.approx(saved, abs=25)
+
+
+def test_gradients_that_are_there_already_count():
+    fresh, added = (language_model(BLUEPRINT, adds_up=adds) for adds in (False, True))
+    assert added.moments["pass"].most > fresh.moments["pass"].most
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_reward_scores_every_text_of_a_ranking(packed):
+    batch = rankings(rows=1, texts=6, prompt=4, length=12, packed=packed)
+    seen = rehearse_reward(
+        BLUEPRINT, ledger(), training=TRAINING, lora=LoRA(), batch=batch, dropout=0.1, bf16=False
+    )
+    body = 3 * LAYER + WORDS * WIDTH + WIDTH
+    assert seen.gradients == 4 * (body + WIDTH)
+    assert {"pass", "step", "validation"} == set(seen.moments)
+
+
+def test_the_cache_of_a_generation_grows_with_the_reply():
+    def last(response):
+        replies = Replies(rows=4, prompt=8, response=response)
+        return rehearse_generation(BLUEPRINT, ledger(), replies).moments["last token"].most
+
+    # keys and values of 3 layers, 4 rows, 10 positions more, and what one step reads of them
+    more = 2 * 3 * 4 * 10 * WIDTH * 4
+    assert more <= last(30) - last(20) <= 2 * more
+
+
+def settings(**more) -> Settings:
+    return Settings(
+        **{
+            "seed": 0, "updates": 1, "prompts_per_update": 4, "minibatch_size": 4,
+            "microbatch_size": 2, "max_response_tokens": 6, "temperature": 1.0,
+            "precision": "fp32", "workers": 1, "kl": KL(), "reward": Reward(),
+            "advantage": Advantage(), "optimisation": Optimisation(epochs=1),
+        } | more
+    )  # fmt: skip
+
+
+def ppo(roles, precision="fp32"):
+    return rehearse_ppo(
+        BLUEPRINT.of_depth(1),
+        ledger(),
+        settings=settings(precision=precision),
+        roles=roles,
+        loras=(LoRA(rank=2), LoRA(rank=2)),
+        replies=Replies(rows=4, prompt=8, response=6),
+    )
+
+
+def test_four_roles_are_four_models_or_three_or_one():
+    apart, trunk, lora = (ppo(roles) for roles in ("separate", "trunk", "lora"))
+    whole = 4 * (LAYER + OUTSIDE)
+    scorer = 4 * (LAYER + WORDS * WIDTH + WIDTH + WIDTH)
+    assert [role.trained for role in apart.roles.values()] == [whole, 0, 0, scorer]
+    assert apart.weights == 2 * whole + 2 * scorer + 4 * BUFFERS
+    assert trunk.weights == 2 * whole + scorer + 4 * WIDTH + 3 * BUFFERS
+    adapter = 4 * 2 * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))
+    assert lora.weights == whole + BUFFERS + 3 * adapter + 2 * 4 * WIDTH
+    assert lora.gradients == 2 * adapter + 4 * WIDTH
+    assert lora.roles["reference"].weights == 0
+
+
+def test_bfloat16_holds_other_copies_of_the_weights():
+    assert ppo("separate", "bf16").moments["prefill"].most > ppo("separate").moments["prefill"].most
+
+
+def test_evaluation_holds_four_models_and_two_distributions():
+    seen = rehearse_evaluation(
+        BLUEPRINT.of_depth(1), ledger(), Replies(rows=4, prompt=8, response=6)
+    )
+    whole, scorer = 4 * (LAYER + OUTSIDE), 4 * (LAYER + WORDS * WIDTH + WIDTH + WIDTH)
+    assert seen.weights == 3 * whole + scorer + 4 * BUFFERS
+    both = 2 * 4 * 6 * WORDS * 4  # log-probabilities of all words at every reply token, twice
+    assert seen.moments["divergence"].most > seen.weights + both
+
+
+def test_the_real_pass_holds_what_the_rehearsal_says():
+    """Weights, gradients and optimizer state of the same model made for real."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.optim import build_optimizer
+
+    model = LlamaForCausalLM(LlamaConfig(**BLUEPRINT.options))
+    optimizer = build_optimizer(model, TRAINING)
+    model(**training_rows(2, 16)).loss.backward()
+    optimizer.step()
+    state = [value for one in optimizer.state.values() for value in one.values()]
+    seen = language_model(BLUEPRINT)
+    assert seen.gradients == sum(p.grad.nbytes for p in model.parameters())
+    assert seen.optimizer == sum(value.nbytes for value in state if torch.is_tensor(value))
