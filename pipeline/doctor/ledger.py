@@ -4,6 +4,7 @@ The stages' own code runs on torch's fake tensors, and every operation passes by
 for contents it is told of none: an unknown number is 0, an unknown mask picks no rows.
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,8 +121,14 @@ def _flops(func: Any, args: Sequence[Any], kwargs: Any, made: Sequence[Tensor]) 
 @contextmanager
 def made_up() -> Iterator[None]:
     """Makes every tensor that is made within a fake one; they go on being so outside."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _one_mode():
         yield
+
+
+@functools.cache
+def _one_mode() -> FakeTensorMode:
+    """Returns the mode of all fake tensors: roles that share weights must share it too."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def hollow(model: nn.Module) -> nn.Module:

@@ -32,6 +32,7 @@ class Letters:
 
     eos_token_id = 1
     name_or_path = "letters"
+    chat_template = None
 
     def apply_chat_template(self, messages, **_):
         return [2, *self([messages[0]["content"]])["input_ids"][0], 3]
