@@ -17,8 +17,6 @@ from pipeline.errors import UserError
 from pipeline.tokenizer import decode_response, encode_conversation, encode_prompt, encode_response
 from pipeline.trackers import key_is_configured
 
-SHARDS = ("pretrain", "sft", "reward", "reward_guard")
-"""Stages whose models may be divided over processes (`pipeline.distributed.setup`)."""
 TRAINED = ("pretrain", "sft", "reward", "reward_guard")
 SAYING = ("hello", "How are you? I'm fine.", "naïve café, 20 °C")
 """Replies that have to come through a tokenizer as they are."""
@@ -169,14 +167,16 @@ def contexts(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
 
 def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     """Yields which stages cannot divide their models, where they are to."""
-    if machine.sharding.kind == "none":
+    kind = machine.sharding.kind
+    if kind == "none":
         return
-    whole = [stage for stage in ("ppo", "evaluate") if stage not in SHARDS]
-    names = " and ".join(whole)
-    text = (
-        f"{names} of {recipe.name} cannot divide their models, and refuse {machine.sharding.kind}"
-    )
-    yield Finding("wrong", f"{text}. Run them with configs/accelerate/ddp.yaml")
+    divides = kind == "fsdp" and recipe.configs["ppo"].roles == "separate"
+    for stage in ["evaluate"] if divides else ["ppo", "evaluate"]:
+        yield Finding(
+            "wrong",
+            f"{stage} of {recipe.name} keeps its models whole and refuses {kind}. Run it with "
+            "configs/accelerate/ddp.yaml",
+        )
 
 
 def libraries(recipe: Recipe, machine: Machine) -> Iterator[Finding]:

@@ -107,10 +107,15 @@ def test_rows_beyond_the_context_are_wrong():
 
 
 def test_stages_that_cannot_divide_their_models_are_named():
-    assert not list(checks.sharding(of(), machine()))
-    state, text = only(checks.sharding(of(), machine(sharding=Sharding(kind="fsdp"))))
-    assert state == "wrong"
-    assert "ppo and evaluate" in text
+    def named(kind, *words):
+        found = list(checks.sharding(of(*words), machine(sharding=Sharding(kind=kind))))
+        assert {one.state for one in found} <= {"wrong"}
+        return [one.text.split()[0] for one in found]
+
+    assert named("none") == []
+    assert named("fsdp") == ["evaluate"]
+    assert named("fsdp", "--ppo.roles=lora", "--ppo.lora.rank=4") == ["ppo", "evaluate"]
+    assert named("zero3") == ["ppo", "evaluate"]
 
 
 def test_other_libraries_than_the_tested_are_named(monkeypatch):
