@@ -75,13 +75,8 @@ def test_what_does_not_fit_is_told_with_exit_code_1(monkeypatch, capsys):
     assert "NO  sft does not fit; no smaller batch helps (2.0 GB): divide the model" in told
 
 
-@pytest.mark.parametrize(
-    ("recipe", "hardware"),
-    [
-        ("pythia-1b-tldr", ["--devices=8", "--device=a100"]),
-        ("qwen2.5-0.5b-hh", ["--devices=1", "--device=rtx4090"]),
-    ],
-)
-def test_a_recipe_fits_the_hardware_it_is_meant_for(recipe, hardware, capsys, monkeypatch):
+def test_a_recipe_fits_the_hardware_it_is_meant_for(capsys, monkeypatch):
     monkeypatch.setattr("pipeline.doctor.recipe.config_folder", lambda init_from: None)
-    assert doctor.main([f"--recipe={recipe}", *hardware]) == 0, capsys.readouterr().out
+    hardware = ["--devices=8", "--device=a100"]
+    code = doctor.main(["--recipe=pythia-1b-tldr", *hardware])
+    assert code == 0, capsys.readouterr().out
