@@ -49,15 +49,26 @@ def spare(body: nn.Module) -> list[RemovableHandle]:
     return taking + [part.register_forward_hook(_put_back) for part in found]
 
 
-def _take(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    if _WANTED.positions is None:
+def _positions_for(part: nn.Module) -> Int[Tensor, " wanted"] | None:
+    """Returns what is wanted of a part; in training mode None, which is everything.
+
+    For in that mode alone Transformers checkpoints activations, and what is computed again on the
+    way back would not know what was wanted. PPO's roles are never in it.
+    """
+    return None if part.training else _WANTED.positions
+
+
+def _take(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    positions = _positions_for(part)
+    if positions is None:
         return inputs
     states, *rest = inputs
-    return (filled_up(states[0].index_select(0, _WANTED.positions))[None], *rest)
+    return (filled_up(states[0].index_select(0, positions))[None], *rest)
 
 
-def _put_back(_: nn.Module, __: tuple[Any, ...], made: Tensor) -> Tensor:
-    if _WANTED.positions is None:
+def _put_back(part: nn.Module, _: tuple[Any, ...], made: Tensor) -> Tensor:
+    positions = _positions_for(part)
+    if positions is None:
         return made
     everywhere = made.new_zeros(1, _WANTED.length, made.shape[-1])
-    return everywhere.index_copy(1, _WANTED.positions, made[:, : len(_WANTED.positions)])
+    return everywhere.index_copy(1, positions, made[:, : len(positions)])
