@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeque
 
 from pipeline.attention import PACKED, may_pack
 from pipeline.doctor.ledger import hollow, made_up
+from pipeline.last_layer import spare
 from pipeline.lora import LoRA, adapter_config, quiet_about_old_names
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.sharing import AdaptedPolicy, AdaptedScorer, SharedBase, TrunkValue
@@ -69,8 +70,9 @@ class Blueprint:
 
     def reader(self, model: Any) -> Any:
         """Returns a model without contents, with the attention by which ppo and evaluate read."""
-        if self.packs and may_pack(model):
+        if self.packs and may_pack(model):  # as `pack` does, but for its trial on real numbers
             model.set_attn_implementation(PACKED)
+            spare(model.base_model)
         return hollow(model)
 
 
