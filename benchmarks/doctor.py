@@ -133,21 +133,18 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Measures what is not measured yet, predicts everything, and prints the table."""
+    """Measures and predicts every case, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fresh", action="store_true", help="measure every case again")
-    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument("--predict", action="store_true", help="keep what was measured before")
     parser.add_argument("--root", default="runs/doctor", help="folder of the runs")
     options = parser.parse_args()
     root = Path(options.root)
-    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results = {} if options.fresh else known
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if options.predict else {}
     for case in CASES:
-        if case.name not in results and not options.predict:
+        if not options.predict:
             results[case.name] = {"measured": measure(case, root)}
-        if case.name in results:
-            results[case.name]["predicted"] = predict(case, root)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        results[case.name]["predicted"] = predict(case, root)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     sys.stdout.write(table(results) + "\n")
 
 
