@@ -4,6 +4,7 @@ Trainer keeps its loop. It logs every step to `RunLogs`, which forms the means: 
 lost when it goes on from a checkpoint in between.
 """
 
+import functools
 import shutil
 import time
 from collections import defaultdict
@@ -112,15 +113,23 @@ class FiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(
         self, _args: Any, state: Any, _control: Any, *, model: nn.Module, **_: Any
     ) -> None:
-        """Raises UserError when any gradient, and so the loss behind it, is not finite."""
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad.sum()):
-                raise UserError(
-                    f"the loss or its gradient is not finite at step {state.global_step + 1} on "
-                    f"rank {rank()} (first seen in {name}); the weights were not moved. Lower "
-                    f"training.learning_rate, lengthen training.warmup_steps, or set "
-                    f"training.precision to fp32"
-                )
+        """Raises UserError when any gradient, and so the loss behind it, is not finite.
+
+        All are added up first, since each look at a number makes a GPU wait.
+        """
+        named = model.named_parameters()
+        sums = {name: weight.grad.sum() for name, weight in named if weight.grad is not None}
+        if not sums or torch.isfinite(functools.reduce(torch.add, sums.values())):
+            return
+        first = next(
+            (name for name, total in sums.items() if not torch.isfinite(total)), "their sum"
+        )
+        raise UserError(
+            f"the loss or its gradient is not finite at step {state.global_step + 1} on "
+            f"rank {rank()} (first seen in {first}); the weights were not moved. Lower "
+            f"training.learning_rate, lengthen training.warmup_steps, or set "
+            f"training.precision to fp32"
+        )
 
 
 class ResumePoints(TrainerCallback):

@@ -14,6 +14,9 @@ STEP_TOKENS = 8
 """Shorter rows are tried, down to two thirds, a step at a time: the last row of a ranking is as
 wide as the others, so that some lengths leave more of it empty than others."""
 
+PROMPT = -1
+"""Owner of a prompt's tokens; a text's is its index."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -55,22 +58,23 @@ def pack_texts(
         pad_id: token id that fills the rows up.
     """
     rows, width = _tightest(prompts, texts)
-    ids = torch.full((len(rows), width), pad_id)
-    positions = torch.zeros((len(rows), width), dtype=torch.long)
-    owner = torch.full((len(rows), width), len(texts))
+    ids, positions, owners = [], [], []
     last = torch.zeros((len(texts), 2), dtype=torch.long)
     for number, row in enumerate(rows):
-        prompt = list(prompts[row[0]])
-        end = len(prompt)
-        ids[number, :end], positions[number, :end] = torch.tensor(prompt), torch.arange(end)
-        owner[number, :end] = -1
+        start = len(prompts[row[0]])
+        tokens, places, owner = [*prompts[row[0]]], [*range(start)], [PROMPT] * start
         for index in row:
-            part = slice(end, end := end + len(texts[index]))
-            ids[number, part] = torch.tensor(list(texts[index]))
-            positions[number, part] = torch.arange(len(texts[index])) + len(prompt)
-            owner[number, part] = index
-            last[index] = torch.tensor([number, end - 1])
-    return Packed(ids, positions, _visible(owner)[:, None], last)
+            size = len(texts[index])
+            tokens += texts[index]
+            places += range(start, start + size)
+            owner += [index] * size
+            last[index, 0], last[index, 1] = number, len(tokens) - 1
+        missing = width - len(tokens)
+        ids.append(tokens + [pad_id] * missing)
+        positions.append(places + [0] * missing)
+        owners.append(owner + [len(texts)] * missing)
+    visible = _visible(torch.tensor(owners))[:, None]
+    return Packed(torch.tensor(ids), torch.tensor(positions), visible, last)
 
 
 def padding_frac(prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> float:
@@ -84,41 +88,48 @@ def _tightest(
     prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> tuple[list[list[int]], int]:
     """Returns the indices of the texts of each row, and the length of the longest row."""
+    sizes = [len(text) for text in texts]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index in sorted(range(len(texts)), key=lambda index: -sizes[index]):
+        groups.setdefault(tuple(prompts[index]), []).append(index)
 
-    def width(rows: list[list[int]]) -> int:
-        return max(len(prompts[row[0]]) + sum(len(texts[index]) for index in row) for row in rows)
+    def tried(row_tokens: int) -> tuple[list[list[int]], int]:
+        rows, width = [], 0
+        for prompt, indices in groups.items():
+            own, least_room = _fill(indices, sizes, room=row_tokens - len(prompt))
+            rows += own
+            width = max(width, row_tokens - least_room)
+        return rows, width
 
     lengths = range(ROW_TOKENS, (ROW_TOKENS * 2 - 1) // 3, -STEP_TOKENS)
-    tried = (_fill(prompts, texts, row_tokens=length) for length in lengths)
-    found = ((rows, width(rows)) for rows in tried)
-    return min(found, key=lambda one: len(one[0]) * one[1])
+    return min(map(tried, lengths), key=lambda one: len(one[0]) * one[1])
 
 
 def _fill(
-    prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], *, row_tokens: int
-) -> list[list[int]]:
-    """Returns the indices of the texts of each row: first fit, longest first."""
+    indices: Sequence[int], sizes: Sequence[int], *, room: int
+) -> tuple[list[list[int]], int]:
+    """Returns the indices of each row, first fit, and the least room that a row has left.
+
+    A text that is longer than the room has a row of its own, where less than none is left.
+    """
     rows: list[list[int]] = []
     left: list[int] = []
-    for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
-        prompt, size = prompts[index], len(texts[index])
-        fitting = (
-            number
-            for number, row in enumerate(rows)
-            if left[number] >= size and prompts[row[0]] == prompt
-        )
-        number = next(fitting, len(rows))
-        if number == len(rows):
-            rows.append([])
-            left.append(row_tokens - len(prompt))
-        rows[number].append(index)
-        left[number] -= size
-    return rows
+    for index in indices:
+        size = sizes[index]
+        for number, free in enumerate(left):
+            if free >= size:
+                rows[number].append(index)
+                left[number] -= size
+                break
+        else:
+            rows.append([index])
+            left.append(room - size)
+    return rows, min(left)
 
 
 def _visible(owner: Int[Tensor, "row time"]) -> Bool[Tensor, "row time time"]:
-    """Returns what a token sees: itself and, before it, its own text and the prompt (owner -1)."""
+    """Returns what a token sees: itself and, before it, its own text and the prompt."""
     time = owner.shape[1]
     before = torch.ones(time, time, dtype=torch.bool).tril()
-    own = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1)
+    own = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == PROMPT)
     return own & before
