@@ -15,11 +15,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.processes import output_of, peak_mb
+from benchmarks.shared_roles import MODES, load_roles, write_adapted_reward
 
 MODULE = "benchmarks.memory"
-MODES = ("separate", "trunk", "lora")
 RUNS = 3
-RANK = 16
 SIZES = {
     "vocab_size": 16384,
     "hidden_size": 640,
@@ -38,42 +37,11 @@ PROMPTS = [[2 + row, 3, 4, 5] for row in range(8)]
 def write_parents(folder: Path) -> None:
     """Writes sft, and reward with the adapter it was merged from."""
     import torch
-    from peft import get_peft_model_state_dict
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline.lora import ADAPTER, LoRA, merged, with_adapter, write_adapter
-    from pipeline.reward.training import reward_model_from
-
     torch.manual_seed(0)
-    sft, reward = folder / "sft", folder / "reward"
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(sft)
-    wrapped = with_adapter(
-        reward_model_from(sft, pad_id=0, seed=0), LoRA(rank=RANK), task="SEQ_CLS", seed=0
-    )
-    weights = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    write_adapter(reward / ADAPTER, wrapped.peft_config["default"], weights, base=sft)
-    model = merged(reward_model_from(sft, pad_id=0, seed=0), reward / ADAPTER)
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
-    model.save_pretrained(reward)
-
-
-def load_roles(mode: str, folder: Path) -> Any:
-    """Returns the roles as stages/ppo.py loads them."""
-    from pipeline.lora import LoRA
-    from pipeline.models import load_causal_lm, load_reward_model
-    from pipeline.ppo.experience import Roles
-    from pipeline.ppo.sharing import TrunkValue, share_base
-
-    sft, reward = folder / "sft", folder / "reward"
-    if mode == "lora":
-        return share_base(sft, reward, lora=LoRA(rank=RANK), seed=0, device="cpu", critic=True)
-    policy = load_causal_lm(sft)
-    return Roles(
-        policy=policy,
-        reference=load_causal_lm(sft).requires_grad_(False),
-        reward_model=load_reward_model(reward).requires_grad_(False),
-        value=TrunkValue(policy) if mode == "trunk" else load_reward_model(reward),
-    )
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder / "sft")
+    write_adapted_reward(folder / "reward", base=folder / "sft")
 
 
 def update(roles: Any) -> Any:
@@ -104,7 +72,7 @@ def measure(mode: str, folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     before = peak_mb()
-    roles = load_roles(mode, folder)
+    roles = load_roles(mode, folder / "sft", folder / "reward")
     trainer = update(roles)
     optimiser = trainer.optimiser
     held = [roles.policy.base.model] if mode == "lora" else [roles.policy, roles.reference]

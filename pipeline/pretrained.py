@@ -6,7 +6,7 @@ can run code; Python code that a model brings runs only where the configuration 
 
 import glob
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """How the names of pickled weights end."""
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Names under which configurations say how many layers a model has."""
+WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
+"""Names of what is one side of some matrix whose other side is the hidden size."""
 DATA = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """What is fetched from the hub beside weights."""
 
@@ -107,7 +111,11 @@ def weight_files(folder: Path, *, name: Path | str) -> list[str]:
 
 
 def _check_weights(folder: Path, *, name: Path | str) -> None:
-    """Fetches the weights of a model on the hub; raises UserError unless they are safetensors."""
+    """Fetches the weights of a model on the hub.
+
+    Raises:
+        UserError: they are no safetensors, or its config.json describes a larger model.
+    """
     files = weight_files(folder, name=name)
     _folder_of(name, [glob.escape(file) for file in files])
     missing = [file for file in files or [WEIGHTS] if not (folder / file).is_file()]
@@ -122,6 +130,42 @@ def _check_weights(folder: Path, *, name: Path | str) -> None:
         not missing,
         f"{name}: no model could be loaded from there, it has no {', '.join(missing)}. {reason}",
     )
+    _check_sizes(folder, [folder / str(file) for file in files], name=name)
+
+
+def _check_sizes(folder: Path, files: Sequence[Path], *, name: Path | str) -> None:
+    """Raises UserError where config.json tells of far more than the files hold.
+
+    Transformers would make all of it first, and fill the memory, before it finds them lacking. A
+    weight of a quantised model takes a quarter of a byte at least.
+    """
+    config = _json(folder / "config.json")
+    tensors = sum(len(_tensors(file)) for file in files)
+    room = 4 * sum(file.stat().st_size for file in files)
+    sizes = {key: value for key, value in config.items() if type(value) is int}
+    heads = sizes.get("head_dim", 0) * sizes.get("num_attention_heads", 0)
+    largest = sizes.get("hidden_size", 0) * max(heads, *(sizes.get(key, 0) for key in WIDTHS))
+    require(
+        max(_depths(config), default=0) <= tensors and largest <= room,
+        f"{name}: its config.json describes a larger model than its {tensors} tensors make; fetch "
+        "or make the folder again",
+    )
+
+
+def _tensors(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _depths(config: dict[str, Any]) -> Iterator[int]:
+    """Yields the numbers of layers of a configuration and of those within it."""
+    for key, value in config.items():
+        if key in DEPTHS and isinstance(value, int):
+            yield value
+        elif isinstance(value, dict):
+            yield from _depths(value)
 
 
 def _announce(folder: Path, *, name: Path | str) -> None:

@@ -2,10 +2,12 @@
 
 Each side is one process that rests while the other works. Every pair is one update of each; ratios
 are of the two halves of a pair. Both run in one precision on the same number of threads; for TRL,
-bf16 is its own flag.
+bf16 is its own flag. Roles that share weights are another algorithm: their rows say so, and TRL's
+side stays as it is.
 
 Run     make bench                          the table of docs/performance.md
         make bench ARGS="--workloads S --pairs 3 --precision bf16"
+        make bench ARGS="--workloads S --roles lora"
 """
 
 import argparse
@@ -20,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.processes import output_of
+from benchmarks.shared_roles import MODES, write_adapted_reward
 from benchmarks.versus_trl.table import HEADING, PHASES, lines
 from benchmarks.versus_trl.workload import WORKLOADS, Workload, needed_work, write
 
@@ -86,17 +89,27 @@ def check_agreement(folder: Path, *, peer: Path, threads: int) -> dict[str, floa
 
 
 def compare(
-    workload: Workload, folder: Path, *, peer: Path, pairs: int, threads: int, precision: str
+    workload: Workload,
+    folder: Path,
+    *,
+    peer: Path,
+    pairs: int,
+    threads: int,
+    precision: str,
+    roles: str,
 ) -> Any:
     """Returns the figures of all updates by side, the first of each left out."""
     write(workload, folder, rollouts=pairs + 1)
-    result: dict[str, Any] = {"workload": workload.name}
-    if not workload.ends and precision == "fp32":
+    if roles == "lora":
+        write_adapted_reward(folder / "reward", base=folder / "policy")
+    name = workload.name if roles == "separate" else f"{workload.name}, {roles}"
+    result: dict[str, Any] = {"workload": name}
+    if not workload.ends and precision == "fp32" and roles == "separate":
         result["agreement"] = check_agreement(folder, peer=peer, threads=threads)
     arguments = (str(folder), str(threads), precision)
     sides = {
         "trl": Side(str(peer), "-m", "benchmarks.versus_trl.peer", *arguments),
-        "ours": Side(sys.executable, "-m", "benchmarks.versus_trl.ours", *arguments),
+        "ours": Side(sys.executable, "-m", "benchmarks.versus_trl.ours", *arguments, roles),
     }
     figures: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
     for number in range(pairs + 1):
@@ -134,6 +147,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--roles", choices=MODES, default="separate", help="ppo's 'roles', ours")
     options = parser.parse_args()
     if not options.peer.is_file():
         sys.exit(f"bench: --peer={options.peer} names no interpreter; 'make bench' builds TRL's")
@@ -146,15 +160,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             result = compare(
                 WORKLOADS[name], Path(folder), peer=options.peer, pairs=options.pairs,
-                threads=options.threads, precision=options.precision,
+                threads=options.threads, precision=options.precision, roles=options.roles,
             )  # fmt: skip
         results.append(result)
         table += lines(result, limit=limit)
         settings = {"threads": options.threads, "precision": options.precision}
         content = {"machine": machine(), **settings, "limit_flops": limit, **result}
         RESULTS.mkdir(exist_ok=True)
-        marked = "" if options.precision == "fp32" else f"-{options.precision}"
-        path = RESULTS / f"versus_trl-{name}{marked}.json"
+        unusual = {options.roles, options.precision} - {"separate", "fp32"}
+        path = RESULTS / f"{'-'.join(['versus_trl', name, *sorted(unusual)])}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
     agreement = [f"{r['workload']}: {r['agreement']}" for r in results if "agreement" in r]
     reached = f"{limit / 1e9:.0f} GFLOP/s in matrix products"

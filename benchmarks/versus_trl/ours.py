@@ -11,10 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.processes import peak_mb
-from pipeline.attention import pack
-from pipeline.models import load_causal_lm, load_reward_model
+from benchmarks.shared_roles import load_roles
 from pipeline.parallel import choose_workers
-from pipeline.ppo.experience import Roles
 from pipeline.ppo.rollout import Sampled
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.trainer import PPOTrainer
@@ -63,8 +61,9 @@ def build(
     minibatch: int | None = None,
     epochs: int | None = None,
     precision: str = "fp32",
+    roles: str = "separate",
 ) -> Replaying:
-    """Returns the trainer of a workload; as it says, or on other minibatches."""
+    """Returns the trainer of a workload; as it says, on other minibatches, or with shared roles."""
     content = json.loads((folder / "workload.json").read_text())
     settings = Settings(
         seed=0,
@@ -86,16 +85,8 @@ def build(
             max_grad_norm=1e9,  # TRL's trainer does not clip
         ),
     )
-    models = {
-        "policy": load_causal_lm(folder / "policy"),
-        "reference": load_causal_lm(folder / "policy").requires_grad_(False),
-        "reward_model": load_reward_model(folder / "reward").requires_grad_(False),
-        "value": load_reward_model(folder / "reward"),
-    }
-    for model in models.values():
-        pack(model)
     trainer = Replaying(
-        Roles(**models),
+        load_roles(roles, folder / "policy", folder / "reward"),
         content["prompts"],
         settings=settings,
         accelerator=Accelerator(cpu=True),
@@ -127,7 +118,7 @@ def measured(trainer: Replaying, number: int) -> dict[str, Any]:
 def main() -> None:
     """Answers every line of standard input with one update's figures as JSON."""
     torch.set_num_threads(int(sys.argv[2]))
-    trainer = build(Path(sys.argv[1]), precision=sys.argv[3])
+    trainer = build(Path(sys.argv[1]), precision=sys.argv[3], roles=sys.argv[4])
     for number, _ in enumerate(sys.stdin):
         sys.stdout.write(json.dumps(measured(trainer, number)) + "\n")
         sys.stdout.flush()

@@ -96,6 +96,14 @@ def test_a_damaged_configuration_gives_a_model_that_answers_or_one_line(folders,
         score_responses(model, [[3, 4, 5], [6]], [[7], [8, 1]], pad_id=0)
 
 
+@pytest.mark.parametrize("size", ["num_hidden_layers", "vocab_size", "intermediate_size"])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_far_larger_model_than_its_files_is_refused_before_it_is_made(folders, kind, size):
+    config = json.loads((folders / kind / "config.json").read_text())
+    config[size] = 2**31
+    assert reload(folders, kind, "config.json", json.dumps(config).encode()) is None
+
+
 @pytest.mark.parametrize("how", ["extra", "missing", "shape", "renamed"])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_tensor_too_many_too_few_or_of_another_shape(folders, kind, how):
