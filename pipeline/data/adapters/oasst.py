@@ -79,10 +79,11 @@ def _grown(key: str, members: Sequence[tuple[str, Row]], dropped: Counter[str]) 
         if name not in nodes:
             nodes[name], parents[name] = {**row, "replies": []}, parent
     roots = [name for name, parent in parents.items() if not parent]
-    for name, parent in parents.items():
+    answers = {name: parent for name, parent in parents.items() if parent}
+    for name, parent in answers.items():
         if parent in nodes:
             nodes[parent]["replies"].append(nodes[name])
-        elif parent:
+        else:
             dropped[ORPHAN] += 1
     where, first = members[0]
     state = first.get("tree_state")

@@ -164,6 +164,13 @@ def test_a_tree_without_a_usable_question_is_dropped(tmp_path, odd, reason, row_
     assert dropped == {reason: 1}
 
 
+def test_a_message_without_an_id_is_nobody_s_parent(tmp_path):
+    messages = flat(good())
+    messages.append(messages[0] | {"message_id": "", "parent_id": "p1", "role": "assistant"})
+    rows, _ = read(tmp_path, messages, "oasst", "prompts", name="messages.jsonl")
+    assert [row["prompt"] for row in rows] == [QUESTION, BACK]
+
+
 def test_messages_without_the_first_one_are_no_tree(tmp_path):
     rest = [row | {"message_tree_id": "other"} for row in flat(good()) if row["message_id"] != "p1"]
     _, dropped = read(tmp_path, [*flat(good()), *rest], "oasst", "prompts")
