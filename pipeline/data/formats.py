@@ -203,7 +203,7 @@ def _label(value: Any, name: str) -> str:
         return ""
     if not isinstance(value, str | int | float):
         raise _BadRowError(f"{name} must be a text or a number, got {type(value).__name__}")
-    return clean(str(value))
+    return tidy(str(value))
 
 
 def _number(value: Any, name: str) -> float:
