@@ -13,6 +13,7 @@ from pipeline.doctor.blueprint import Blueprint
 from pipeline.doctor.ledger import Ledger
 from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
 from pipeline.doctor.rehearsal import (
+    Passes,
     Replies,
     rankings,
     rehearse_evaluation,
@@ -23,6 +24,7 @@ from pipeline.doctor.rehearsal import (
     training_rows,
 )
 from pipeline.doctor.seen import Moment, Rehearsal, Role
+from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 
@@ -120,8 +122,13 @@ class Planner:
 
     def rehearse(self, act: Callable[[Blueprint, Ledger], Rehearsal]) -> Rehearsal:
         """Returns a rehearsal of the whole depth out of those of one layer and of two."""
-        one, two = (act(self.blueprint.of_depth(n), Ledger(self.machine.rates)) for n in (1, 2))
+        one, two = (self._act(act, layers) for layers in (1, 2))
         return one.at(self.blueprint.layers, two)
+
+    def _act(self, act: Callable[[Blueprint, Ledger], Rehearsal], layers: int) -> Rehearsal:
+        ledger = Ledger(self.machine.rates)
+        with ways_of(ledger, is_gpu=self.machine.is_gpu):
+            return act(self.blueprint.of_depth(layers), ledger)
 
     @cached_property
     def copy_bytes(self) -> float:
@@ -147,8 +154,7 @@ class Planner:
                 training=training,
                 lora=NO_LORA,
                 batch=training_rows(config.training.microbatch_size, config.sequence_length),
-                bf16=self.precision(config.training.precision) == "bf16",
-                adds_up=self._adds_up(config.training),
+                passes=self._passes(config),
             )
         )
         peaks = [self._peak(rehearsal, "validation")]
@@ -166,8 +172,7 @@ class Planner:
                 training=config.training,
                 lora=config.lora,
                 batch=training_rows(config.training.microbatch_size, config.max_length),
-                bf16=self.precision(config.training.precision) == "bf16",
-                adds_up=self._adds_up(config.training),
+                passes=self._passes(config),
             )
         )
         peaks = [
@@ -194,8 +199,7 @@ class Planner:
                     packed=config.pack and not config.init_from,
                 ),
                 dropout=config.dropout,
-                bf16=self.precision(config.training.precision) == "bf16",
-                adds_up=self._adds_up(config.training),
+                passes=self._passes(config),
             )
         )
         peaks = [
@@ -238,6 +242,7 @@ class Planner:
                 roles=config.roles,
                 loras=(config.lora, reward.lora),
                 replies=replies,
+                recomputes=config.activation_checkpointing,
             )
         )
         peaks = [
@@ -292,6 +297,13 @@ class Planner:
         threads = config.threads or max(1, num_cores() // self.machine.processes)
         wanted = getattr(config, "workers", 0)
         return wanted or min(2, threads)
+
+    def _passes(self, config: Any) -> Passes:
+        return Passes(
+            bf16=self.precision(config.training.precision) == "bf16",
+            adds_up=self._adds_up(config.training),
+            recomputes=config.activation_checkpointing,
+        )
 
     def _adds_up(self, training: Any) -> bool:
         """Whether gradients of other passes are there, or count as such since they are divided."""

@@ -52,6 +52,21 @@ class Replies:
         return [[WORD] * self.prompt] * self.rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How a stage goes forward and backward.
+
+    Attributes:
+        bf16: whether in bfloat16.
+        adds_up: whether gradients of other passes are there before.
+        recomputes: whether layers keep their inputs alone and are computed again on the way back.
+    """
+
+    bf16: bool = False
+    adds_up: bool = True
+    recomputes: bool = False
+
+
 def training_rows(rows: int, length: int) -> dict[str, Tensor]:
     """Returns a batch of a language model; one row is a token shorter, so that there is padding."""
     mask = torch.ones(rows, length, dtype=torch.long)
@@ -67,8 +82,7 @@ def rehearse_language_model(
     training: Training | None,
     lora: LoRA,
     batch: dict[str, Tensor],
-    bf16: bool,
-    adds_up: bool = True,
+    passes: Passes,
 ) -> Rehearsal:
     """Returns what pretrain and sft do: passes on microbatches, steps, validation.
 
@@ -78,13 +92,12 @@ def rehearse_language_model(
         training: of the stage; None where the model is only measured.
         lora: adapters, if any.
         batch: of a pass.
-        bf16: whether passes are in bfloat16.
-        adds_up: whether passes find gradients of others before them.
+        passes: how they are made.
     """
     model = blueprint.causal_lm(quantised=lora.quantise == "4bit")
-    trained = _adapted(model, lora, task="CAUSAL_LM")
+    trained = _adapted(model, lora, task="CAUSAL_LM", recomputes=passes.recomputes)
     if blueprint.packs:  # on a processor
-        prefer_fast_attention(trained, bf16=bf16 and training is not None)
+        prefer_fast_attention(trained, bf16=passes.bf16 and training is not None)
     stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
@@ -97,9 +110,7 @@ def rehearse_language_model(
         if training is not None:
             optimizer = build_optimizer(trained, training)
             stage.settle([optimizer], foreach=not blueprint.packs)
-            _rehearse_training(
-                stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up
-            )
+            _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
         stage.observe("validation", lambda: mean_nll(trained, [batch]))
     return stage.seen()
 
@@ -112,8 +123,7 @@ def rehearse_reward(
     lora: LoRA,
     batch: dict[str, Any],
     dropout: float,
-    bf16: bool,
-    adds_up: bool = True,
+    passes: Passes,
 ) -> Rehearsal:
     """Returns what a reward stage does: passes on microbatches of rankings, and steps.
 
@@ -124,15 +134,14 @@ def rehearse_reward(
         lora: adapters, if any.
         batch: of `rankings`.
         dropout: in front of every layer.
-        bf16: whether passes are in bfloat16.
-        adds_up: whether passes find gradients of others before them.
+        passes: how they are made.
     """
     model = blueprint.classifier(quantised=lora.quantise == "4bit")
-    trained = _adapted(model, lora, task="SEQ_CLS")
+    trained = _adapted(model, lora, task="SEQ_CLS", recomputes=passes.recomputes)
     if dropout > 0:
         add_dropout(model, probability=dropout)
     if blueprint.packs:
-        prefer_fast_attention(trained, bf16=bf16)
+        prefer_fast_attention(trained, bf16=passes.bf16)
     stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
@@ -143,7 +152,7 @@ def rehearse_reward(
     with ledger:
         optimizer = build_optimizer(trained, training)
         stage.settle([optimizer], foreach=not blueprint.packs)
-        _rehearse_training(stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up)
+        _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
         texts = [[WORD] * batch["length"]] * SCORED
         stage.observe("validation", lambda: raw_scores(trained, texts, pad_id=PAD))
     return stage.seen()
@@ -169,9 +178,11 @@ def rankings(*, rows: int, texts: int, prompt: int, length: int, packed: bool) -
     return RankingCollator(pad_id=PAD, packed=packed)([row] * rows) | {"length": length}
 
 
-def _adapted(model: Any, lora: LoRA, *, task: str) -> Any:
+def _adapted(model: Any, lora: LoRA, *, task: str, recomputes: bool) -> Any:
     with torch.device("meta"):
         trained = with_adapter(model, lora, task=task, seed=0)
+    if recomputes:
+        trained.activation_checkpointing_enable()  # as Trainer does
     return hollow(trained)
 
 
@@ -181,15 +192,14 @@ def _rehearse_training(
     loss: Callable[[], Tensor],
     *,
     optimizer: torch.optim.Optimizer,
-    bf16: bool,
-    adds_up: bool,
+    passes: Passes,
 ) -> None:
     """Notes a pass, in training mode; the optimizer is settled."""
-    if not adds_up:
+    if not passes.adds_up:
         optimizer.zero_grad()
 
     def one_pass() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=passes.bf16):
             total = loss()
         total.backward()
 
@@ -265,6 +275,7 @@ def rehearse_ppo(
     roles: str,
     loras: tuple[LoRA, LoRA],
     replies: Replies,
+    recomputes: bool = False,
 ) -> Rehearsal:
     """Returns what an update of ppo does: it replies, measures, scores, and optimises.
 
@@ -275,10 +286,18 @@ def rehearse_ppo(
         roles: separate, trunk or lora.
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
+        recomputes: whether layers of what is trained are computed again on the way back.
     """
     lora, reward_lora = loras
     critic = settings.advantage.needs_value_model
-    four = roles_of(blueprint, roles=roles, lora=lora, reward_lora=reward_lora, critic=critic)
+    four = roles_of(
+        blueprint,
+        roles=roles,
+        lora=lora,
+        reward_lora=reward_lora,
+        critic=critic,
+        recomputes=recomputes,
+    )
     named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
     stage = Stage(ledger, {name: role for name, role in named if role is not None})
     size = settings.minibatch_size

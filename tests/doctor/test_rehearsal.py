@@ -9,6 +9,7 @@ from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.ledger import Ledger
 from pipeline.doctor.machine import Rates
 from pipeline.doctor.rehearsal import (
+    Passes,
     Replies,
     rankings,
     rehearse_evaluation,
@@ -48,12 +49,13 @@ def ledger() -> Ledger:
 
 
 NO_LORA = LoRA()
+PLAIN = Passes()
 
 
-def language_model(blueprint, lora=NO_LORA, **more):
+def language_model(blueprint, lora=NO_LORA, passes=PLAIN):
     batch = training_rows(2, 16)
     return rehearse_language_model(
-        blueprint, ledger(), training=TRAINING, lora=lora, batch=batch, bf16=False, **more
+        blueprint, ledger(), training=TRAINING, lora=lora, batch=batch, passes=passes
     )
 
 
@@ -96,7 +98,9 @@ def test_adapters_train_little_and_four_bits_weigh_an_eighth():
 
 
 def test_gradients_that_are_there_already_count():
-    fresh, added = (language_model(BLUEPRINT, adds_up=adds) for adds in (False, True))
+    fresh, added = (
+        language_model(BLUEPRINT, passes=Passes(adds_up=adds)) for adds in (False, True)
+    )
     assert added.moments["pass"].most > fresh.moments["pass"].most
 
 
@@ -104,7 +108,7 @@ def test_gradients_that_are_there_already_count():
 def test_reward_scores_every_text_of_a_ranking(packed):
     batch = rankings(rows=1, texts=6, prompt=4, length=12, packed=packed)
     seen = rehearse_reward(
-        BLUEPRINT, ledger(), training=TRAINING, lora=LoRA(), batch=batch, dropout=0.1, bf16=False
+        BLUEPRINT, ledger(), training=TRAINING, lora=LoRA(), batch=batch, dropout=0.1, passes=PLAIN
     )
     body = 3 * LAYER + WORDS * WIDTH + WIDTH
     assert seen.gradients == 4 * (body + WIDTH)
@@ -184,3 +188,64 @@ def test_the_real_pass_holds_what_the_rehearsal_says():
     seen = language_model(BLUEPRINT)
     assert seen.gradients == sum(p.grad.nbytes for p in model.parameters())
     assert seen.optimizer == sum(value.nbytes for value in state if torch.is_tensor(value))
+
+
+LONG = 48
+"""Tokens of rows whose activations outweigh the head's."""
+
+
+def long_pass(layers, *, recomputes):
+    return rehearse_language_model(
+        BLUEPRINT.of_depth(layers),
+        ledger(),
+        training=TRAINING,
+        lora=NO_LORA,
+        batch=training_rows(4, LONG),
+        passes=Passes(recomputes=recomputes),
+    ).moments["pass"]
+
+
+def test_layers_that_are_computed_again_keep_their_inputs_alone():
+    kept, again = ([long_pass(n, recomputes=again) for n in (4, 5)] for again in (False, True))
+    state = 4 * 4 * LONG * WIDTH  # bytes of one hidden state
+    weights = 4 * 4 * LAYER  # a layer's weights, gradients and moments
+    assert again[1].most - again[0].most - weights == pytest.approx(state, rel=0.02)
+    assert kept[1].most - kept[0].most - weights > 10 * state
+    # a layer goes forward once more, up to its last product, of which nothing is kept
+    products = 2 * (LAYER - 2 * WIDTH - WIDTH * INNER) * 4 * LONG
+    attention = 2 * 2 * 4 * HEADS * LONG * LONG * (WIDTH // HEADS)
+    assert again[1].flops - kept[1].flops == pytest.approx(5 * (products + attention), rel=0.02)
+
+
+def test_two_depths_say_what_recomputed_layers_take():
+    one, two, five = (
+        rehearse_reward(
+            BLUEPRINT.of_depth(depth),
+            ledger(),
+            training=TRAINING,
+            lora=LoRA(rank=2),
+            batch=rankings(rows=2, texts=2, prompt=8, length=LONG, packed=False),
+            dropout=0.0,
+            passes=Passes(recomputes=True),
+        )
+        for depth in (1, 2, 5)
+    )
+    assert one.at(5, two).moments["pass"].most == pytest.approx(five.moments["pass"].most, rel=0.01)
+
+
+@pytest.mark.parametrize("roles", ["separate", "trunk", "lora"])
+def test_roles_that_are_computed_again_take_less_and_longer(roles):
+    kept, again = (
+        rehearse_ppo(
+            BLUEPRINT.of_depth(4),
+            ledger(),
+            settings=settings(),
+            roles=roles,
+            loras=(LoRA(rank=2), LoRA(rank=2)),
+            replies=Replies(rows=4, prompt=24, response=24),
+            recomputes=recomputes,
+        ).moments["optimise"]
+        for recomputes in (False, True)
+    )
+    assert again.most < kept.most
+    assert again.flops > 1.2 * kept.flops
