@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from pipeline.doctor.rehearsal import (
     Passes,
     Replies,
     rankings,
-    rehearse_evaluation,
     rehearse_generation,
     rehearse_language_model,
+    rehearse_policies,
     rehearse_ppo,
+    rehearse_pretrained,
     rehearse_reward,
+    rehearse_scoring,
     training_rows,
 )
 from pipeline.doctor.seen import Moment, Rehearsal, Role
@@ -179,8 +181,6 @@ class Planner:
             self._peak(rehearsal, "validation"),
             *self._training(rehearsal, config.training),
         ]
-        if config.lora.rank:
-            peaks.append(self._merged(rehearsal))
         return self._steps("sft", rehearsal, config.training, peaks)
 
     def _reward(self, config: Any, stage: str) -> Need:
@@ -205,8 +205,7 @@ class Planner:
         peaks = [
             self._peak(rehearsal, "validation"),
             *self._training(rehearsal, config.training),
-            *([self._merged(rehearsal)] if config.lora.rank else []),
-            self._constants(rehearsal, config),
+            self._constants(config),
         ]
         return self._steps(stage, rehearsal, config.training, peaks)
 
@@ -276,19 +275,24 @@ class Planner:
         replies = Replies(
             rows=config.batch_size, prompt=ppo.max_prompt_tokens, response=ppo.max_response_tokens
         )
-        rehearsal = self.rehearse(
-            lambda blueprint, ledger: rehearse_evaluation(blueprint, ledger, replies)
-        )
+        one_after_the_other = [
+            self.rehearse(partial(act, replies=replies))
+            for act in (rehearse_policies, rehearse_pretrained, rehearse_scoring)
+        ]
         workers = 1 if self.machine.is_gpu else self._workers(config)
-        names = (*REPLYING, "divergence", "likelihood", "text")
-        peaks = [self._peak(rehearsal, name, workers=workers) for name in names]
-        moments = rehearsal.moments
+        peaks = [
+            self._peak(rehearsal, name, workers=workers)
+            for rehearsal in one_after_the_other
+            for name in rehearsal.moments
+        ]
+        moments = {k: v for rehearsal in one_after_the_other for k, v in rehearsal.moments.items()}
         drawn = len(config.draw_rows) * max(config.best_of.sizes, default=0)
         batches = config.num_prompts / config.batch_size / self.machine.processes
         more = drawn / config.batch_size / self.machine.processes
         seconds = (2 * batches + more) * reply_seconds(moments, replies) + batches * (
             moments["divergence"].seconds + 2 * moments["likelihood"].seconds
         )
+        seconds += (2 * batches + more) * moments["scores"].seconds
         return replace(self._most("evaluate", peaks, seconds=seconds, unit="run"), units=1)
 
     def _workers(self, config: Any) -> int:
@@ -318,24 +322,23 @@ class Planner:
         yield self._peak(rehearsal, "pass", gradients=adds_up, extra=buckets)
         yield self._peak(rehearsal, "step", gradients=True, extra=buckets)
 
-    def _merged(self, rehearsal: Rehearsal) -> Peak:
-        """The trained model and its optimizer are there still when the merged one is made."""
-        copy = self.copy_bytes
-        looking = self._peak(rehearsal, "validation")
-        return replace(looking, moment="validate merged", weights=looking.weights + copy)
-
-    def _constants(self, rehearsal: Rehearsal, config: Any) -> Peak:
-        """The SFT model replies beside the reward model, to normalise its scores."""
+    def _constants(self, config: Any) -> Peak:
+        """The SFT model replies before the reward model is there, to normalise its scores."""
         wanted = config.normalisation
         replies = Replies(
             rows=min(GENERATED, math.ceil(wanted.num_samples / self.machine.processes)),
             prompt=max(1, config.max_length - wanted.response_tokens),
             response=wanted.response_tokens,
         )
-        spoken = self.rehearse(lambda b, ledger: rehearse_generation(b, ledger, replies))
-        most = max(spoken.moments[name].most for name in REPLYING)
-        merged = self.copy_bytes if config.lora.rank else 0.0
-        return self._held(rehearsal, "normalise", gradients=False, extra=most + merged)
+        quantised = config.lora.quantise == "4bit"
+        spoken = self.rehearse(
+            lambda blueprint, ledger: rehearse_generation(
+                blueprint, ledger, replies, quantised=quantised
+            )
+        )
+        name = max(REPLYING, key=lambda name: spoken.moments[name].most)
+        working = spoken.moments[name].most - spoken.weights
+        return Peak(moment=f"normalise, {name}", weights=spoken.weights, working=working)
 
     def _peak(
         self,

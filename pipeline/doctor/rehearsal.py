@@ -210,13 +210,13 @@ def _rehearse_training(
 
 
 def rehearse_generation(
-    blueprint: Blueprint, ledger: Ledger, replies: Replies, *, precision: str = "fp32"
+    blueprint: Blueprint, ledger: Ledger, replies: Replies, *, quantised: bool = False
 ) -> Rehearsal:
     """Returns what a causal LM takes to reply: reading the prompts, and the last token's step."""
-    model = blueprint.reader(blueprint.causal_lm())
+    model = blueprint.reader(blueprint.causal_lm(quantised=quantised))
     stage = Stage(ledger, {"model": model})
     with ledger:
-        _rehearse_replies(stage, model, replies, precision=precision)
+        _rehearse_replies(stage, model, replies, precision="fp32")
     return stage.seen()
 
 
@@ -333,22 +333,42 @@ def rehearse_ppo(
     return stage.seen()
 
 
-def rehearse_evaluation(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
-    """Returns what evaluate does with its four models: replies, divergence, likelihood, text."""
-    sft, ppo, pretrain = (blueprint.reader(blueprint.causal_lm()) for _ in range(3))
-    reward = blueprint.reader(blueprint.classifier())
-    stage = Stage(ledger, {"sft": sft, "ppo": ppo, "pretrain": pretrain, "reward": reward})
-    prompts, responses = replies.prompts, [[WORD] * replies.response] * replies.rows
-    rows = {"prompts": prompts, "responses": responses}
-    batching = Batching(pad_id=PAD, batch_size=replies.rows)
+def rehearse_policies(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with SFT and PPO: replies, divergence, text."""
+    sft, ppo = (blueprint.reader(blueprint.causal_lm()) for _ in range(2))
+    stage = Stage(ledger, {"sft": sft, "ppo": ppo})
     text = training_rows(ROWS_PER_BATCH, replies.prompt + replies.response)
     with ledger:
         _rehearse_replies(stage, sft, replies, precision="fp32")
-        stage.observe(
-            "divergence", lambda: divergence(ppo, reference=sft, **rows, batching=batching)
-        )
-        stage.observe(
-            "likelihood", lambda: negative_log_likelihood(pretrain, **rows, batching=batching)
-        )
+        stage.observe("divergence", lambda: divergence(ppo, reference=sft, **_said(replies)))
         stage.observe("text", lambda: mean_nll(sft, [text]))
     return stage.seen()
+
+
+def rehearse_pretrained(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with the pretrained model, which reads replies."""
+    model = blueprint.reader(blueprint.causal_lm())
+    stage = Stage(ledger, {"pretrain": model})
+    with ledger:
+        stage.observe("likelihood", lambda: negative_log_likelihood(model, **_said(replies)))
+    return stage.seen()
+
+
+def rehearse_scoring(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with the reward model, which scores replies."""
+    model = blueprint.reader(blueprint.classifier())
+    stage = Stage(ledger, {"reward": model})
+    texts = [prompt + [WORD] * replies.response for prompt in replies.prompts]
+    with ledger:
+        stage.observe(
+            "scores", lambda: raw_scores(model, texts, pad_id=PAD, batch_size=replies.rows)
+        )
+    return stage.seen()
+
+
+def _said(replies: Replies) -> dict[str, Any]:
+    return {
+        "prompts": replies.prompts,
+        "responses": [[WORD] * replies.response] * replies.rows,
+        "batching": Batching(pad_id=PAD, batch_size=replies.rows),
+    }

@@ -12,9 +12,9 @@ from pipeline.doctor.rehearsal import (
     Passes,
     Replies,
     rankings,
-    rehearse_evaluation,
     rehearse_generation,
     rehearse_language_model,
+    rehearse_policies,
     rehearse_ppo,
     rehearse_reward,
     training_rows,
@@ -164,12 +164,9 @@ def test_bfloat16_holds_other_copies_of_the_weights():
     assert ppo("separate", "bf16").moments["prefill"].most > ppo("separate").moments["prefill"].most
 
 
-def test_evaluation_holds_four_models_and_two_distributions():
-    seen = rehearse_evaluation(
-        BLUEPRINT.of_depth(1), ledger(), Replies(rows=4, prompt=8, response=6)
-    )
-    whole, scorer = 4 * (LAYER + OUTSIDE), 4 * (LAYER + WORDS * WIDTH + WIDTH + WIDTH)
-    assert seen.weights == 3 * whole + scorer + 4 * BUFFERS
+def test_evaluation_holds_two_models_and_two_distributions():
+    seen = rehearse_policies(BLUEPRINT.of_depth(1), ledger(), Replies(rows=4, prompt=8, response=6))
+    assert seen.weights == 2 * 4 * (LAYER + OUTSIDE) + 2 * BUFFERS
     both = 2 * 4 * 6 * WORDS * 4  # log-probabilities of all words at every reply token, twice
     assert seen.moments["divergence"].most > seen.weights + both
 
