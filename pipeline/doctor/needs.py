@@ -123,9 +123,9 @@ class Planner:
         return self._reward(config, stage)
 
     def rehearse(self, act: Callable[[Blueprint, Ledger], Rehearsal]) -> Rehearsal:
-        """Returns a rehearsal of the whole depth out of those of one layer and of two."""
-        one, two = (self._act(act, layers) for layers in (1, 2))
-        return one.at(self.blueprint.layers, two)
+        """Returns a rehearsal of the whole depth out of those of two layers and of three."""
+        two, three = (self._act(act, layers) for layers in (2, 3))
+        return two.at(self.blueprint.layers, three)
 
     def _act(self, act: Callable[[Blueprint, Ledger], Rehearsal], layers: int) -> Rehearsal:
         ledger = Ledger(self.machine.rates)

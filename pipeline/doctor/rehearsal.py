@@ -1,6 +1,6 @@
 """Every stage's own passes on tensors without contents: what they hold, how long they take.
 
-Models of one layer and of two are rehearsed: every figure is linear in the number of layers.
+Models of two layers and of three are rehearsed: from two on every figure is linear in the layers.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.doctor.blueprint import Blueprint, roles_of
 from pipeline.doctor.ledger import Ledger, hollow
 from pipeline.doctor.seen import Rehearsal, Stage
-from pipeline.evaluation.alignment_tax import ROWS_PER_BATCH
+from pipeline.evaluation.alignment_tax import rows_per_pass
 from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from pipeline.fitting import mean_nll, prefer_fast_attention
 from pipeline.language_loss import labelled_nll, plain_head
@@ -337,7 +337,8 @@ def rehearse_policies(blueprint: Blueprint, ledger: Ledger, replies: Replies) ->
     """Returns what evaluate does with SFT and PPO: replies, divergence, text."""
     sft, ppo = (blueprint.reader(blueprint.causal_lm()) for _ in range(2))
     stage = Stage(ledger, {"sft": sft, "ppo": ppo})
-    text = training_rows(ROWS_PER_BATCH, replies.prompt + replies.response)
+    length = replies.prompt + replies.response
+    text = training_rows(rows_per_pass(length, vocabulary=sft.config.vocab_size), length)
     with ledger:
         _rehearse_replies(stage, sft, replies, precision="fp32")
         stage.observe("divergence", lambda: divergence(ppo, reference=sft, **_said(replies)))

@@ -12,6 +12,7 @@ from pipeline.doctor.rehearsal import Replies
 from pipeline.doctor.seen import Moment, Rehearsal
 from pipeline.lora import LoRA
 from pipeline.training import Training
+from stages.evaluate import Config as EvaluateConfig
 from stages.ppo import Config as PPOConfig
 from stages.sft import Config as SFTConfig
 
@@ -108,6 +109,7 @@ def test_the_first_change_that_fits_is_told():
     [
         ("sft", SFTConfig(lora=LoRA(rank=4)), "divide the model over more GPUs"),
         ("ppo", PPOConfig(), "take a smaller model, or devices with more memory"),
+        ("evaluate", EvaluateConfig(), "on a processor: CUDA_VISIBLE_DEVICES= make evaluate"),
     ],
 )
 def test_where_nothing_helps_something_else_is_told(stage, config, words):

@@ -75,9 +75,9 @@ def test_a_language_model_is_four_copies_of_its_weights_and_what_a_pass_holds():
     assert seen.moments["pass"].flops == pytest.approx(flops, rel=0.01)
 
 
-def test_two_depths_say_what_three_layers_take():
-    one, two = (language_model(BLUEPRINT.of_depth(depth)) for depth in (1, 2))
-    drawn, direct = one.at(3, two), language_model(BLUEPRINT)
+def test_two_depths_say_what_five_layers_take():
+    two, three, direct = (language_model(BLUEPRINT.of_depth(depth)) for depth in (2, 3, 5))
+    drawn = two.at(5, three)
     assert drawn.weights == direct.weights
     assert drawn.optimizer == direct.optimizer
     for name, moment in direct.moments.items():
@@ -171,6 +171,16 @@ def test_evaluation_holds_two_models_and_two_distributions():
     assert seen.moments["divergence"].most > seen.weights + both
 
 
+def test_a_long_prompt_keeps_its_cache_alone_in_every_layer():
+    replies = Replies(rows=4, prompt=40, response=2)
+    two, three, six = (
+        rehearse_generation(BLUEPRINT.of_depth(depth), ledger(), replies) for depth in (2, 3, 6)
+    )
+    most = [seen.moments["prefill"].most - seen.weights for seen in (two, three, six)]
+    assert most[1] - most[0] == 2 * 4 * 40 * WIDTH * 4  # keys and values
+    assert two.at(6, three).moments["prefill"].most - six.weights == most[2]
+
+
 def test_the_real_pass_holds_what_the_rehearsal_says():
     """Weights, gradients and optimizer state of the same model made for real."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -215,7 +225,7 @@ def test_layers_that_are_computed_again_keep_their_inputs_alone():
 
 
 def test_two_depths_say_what_recomputed_layers_take():
-    one, two, five = (
+    two, three, five = (
         rehearse_reward(
             BLUEPRINT.of_depth(depth),
             ledger(),
@@ -225,9 +235,11 @@ def test_two_depths_say_what_recomputed_layers_take():
             dropout=0.0,
             passes=Passes(recomputes=True),
         )
-        for depth in (1, 2, 5)
+        for depth in (2, 3, 5)
     )
-    assert one.at(5, two).moments["pass"].most == pytest.approx(five.moments["pass"].most, rel=0.01)
+    assert two.at(5, three).moments["pass"].most == pytest.approx(
+        five.moments["pass"].most, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("roles", ["separate", "trunk", "lora"])
