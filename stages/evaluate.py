@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from pipeline.evaluation.judge import Policies, Prompts, Said
     from pipeline.evaluation.records import Record
     from pipeline.evaluation.sampling import Sampling
-    from pipeline.ppo.scorers import Scorer
     from pipeline.reward.reading import Reading
 
 log = logging.getLogger(__name__)
@@ -178,66 +177,6 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
     return prompts, len(rows) - len(usable)
 
 
-def read_tokenizers(
-    parents: Mapping[str, Artifact],
-) -> "tuple[PreTrainedTokenizerFast, Reading]":
-    """Returns the language models' tokenizer, and how the reward model reads text.
-
-    Raises:
-        UserError: language models of different vocabularies, or a reward model of another one that
-            was not meant to have it.
-    """
-    from pipeline.models import load_tokenizer
-    from pipeline.ppo.sources import reading_of
-
-    tokenizer = load_tokenizer(parents["sft"].path)
-    for name in ("pretrain", "ppo"):
-        theirs = load_tokenizer(parents[name].path)
-        require(
-            theirs.get_vocab() == tokenizer.get_vocab(),
-            f"{parents[name].path} has another tokenizer than {parents['sft'].path}; "
-            "models of one run must share it",
-        )
-    return tokenizer, reading_of(parents["reward"], tokenizer=tokenizer)
-
-
-def load_reader(artifact: Artifact, *, device: Any) -> "PreTrainedModel":
-    """Returns a causal LM that reads rows end to end where it can."""
-    from pipeline.attention import pack
-    from pipeline.models import load_causal_lm
-
-    model = load_causal_lm(artifact.path).to(device)
-    pack(model)
-    return model
-
-
-def load_scorer(
-    artifact: Artifact,
-    prompts: "Prompts",
-    *,
-    reading: "Reading",
-    tokenizer: "PreTrainedTokenizerFast",
-    device: Any,
-    batch_size: int,
-) -> "tuple[PreTrainedModel, Scorer]":
-    """Returns the reward model, and what scores rows in the policies' tokens by it."""
-    from pipeline.models import load_reward_model
-    from pipeline.parallel import choose_workers
-    from pipeline.ppo.scorers import model_scorer
-    from pipeline.reward.reading import Words
-
-    reward = load_reward_model(artifact.path).to(device)
-    scorer = model_scorer(
-        reward,
-        reading,
-        words=Words.behind(prompts.tokens, prompts.messages, tokenizer=tokenizer),
-        name="reward",
-        batch_size=batch_size,
-        workers=choose_workers(0, reward.device),
-    )
-    return reward, scorer
-
-
 def hear(
     parents: Mapping[str, Artifact],
     prompts: "Prompts",
@@ -249,6 +188,7 @@ def hear(
 ) -> "tuple[Said, dict[str, float] | None]":
     """Returns what both policies say to this process's prompts, and the alignment tax."""
     from pipeline.evaluation.judge import Policies, converse
+    from pipeline.evaluation.loading import load_reader
 
     policies = Policies(
         sft=load_reader(parents["sft"], device=device),
@@ -273,6 +213,7 @@ def measure(
     Models are loaded one after the other, PPO's beside SFT's.
     """
     from pipeline.evaluation.judge import batching_of, judged, surprises
+    from pipeline.evaluation.loading import load_reader, load_scorer, read_tokenizers
     from pipeline.evaluation.sampling import Sampling
     from pipeline.parallel import choose_workers
 

@@ -153,8 +153,7 @@ def roles_of(
     blueprint: Blueprint,
     *,
     roles: str,
-    lora: LoRA,
-    reward_lora: LoRA,
+    loras: tuple[LoRA, LoRA],
     critic: bool,
     recomputes: bool = False,
 ) -> Roles:
@@ -163,13 +162,13 @@ def roles_of(
     Args:
         blueprint: of all of them.
         roles: separate, trunk or lora.
-        lora: the policy's adapter, and whether the base is in 4 bits.
-        reward_lora: the reward model's and the critic's, where roles is lora.
+        loras: the policy's adapter, which says whether the base is in 4 bits, and the reward
+            model's and the critic's, where roles is lora.
         critic: whether there is a value model.
         recomputes: whether layers of what is trained are computed again on the way back.
     """
     if roles == "lora":
-        found = _on_one_base(blueprint, lora=lora, reward_lora=reward_lora, critic=critic)
+        found = _on_one_base(blueprint, loras, critic=critic)
         if recomputes:
             recompute(found.policy.base.model)
         return found
@@ -187,7 +186,8 @@ def roles_of(
     return Roles(policy, reference.requires_grad_(False), reward_model, value)
 
 
-def _on_one_base(blueprint: Blueprint, *, lora: LoRA, reward_lora: LoRA, critic: bool) -> Roles:
+def _on_one_base(blueprint: Blueprint, loras: tuple[LoRA, LoRA], *, critic: bool) -> Roles:
+    lora, reward_lora = loras
     names = ["value", "reward"] if critic else ["reward"]
     base = _Base(blueprint, {"policy": lora, **dict.fromkeys(names, reward_lora)})
     return Roles(

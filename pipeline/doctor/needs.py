@@ -25,7 +25,7 @@ from pipeline.doctor.rehearsal import (
     rehearse_scoring,
     training_rows,
 )
-from pipeline.doctor.seen import Moment, Rehearsal, Role
+from pipeline.doctor.seen import Rehearsal, Role, reply_seconds
 from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
@@ -217,13 +217,12 @@ class Planner:
         micro = min(config.microbatch_size, mine)
         micros = math.ceil(mine / micro)
         passes = min(2, micros)
-        precision = self.precision(config.precision)
         settings = replace(
             config.settings(torch.device("cpu")),
             prompts_per_update=passes * micro,
             minibatch_size=passes * micro,
             microbatch_size=micro,
-            precision=precision,
+            precision=self.precision(config.precision),
             workers=1,
             optimisation=replace(config.optimisation, epochs=1, critic_warmup=0),
             advantage=replace(config.advantage, responses_per_prompt=1)
@@ -260,7 +259,7 @@ class Planner:
         steps = config.optimisation.epochs * config.prompts_per_update // config.minibatch_size
         one_pass = max(0.0, moments["optimise"].seconds - moments["step"].seconds) / passes
         seconds = (
-            math.ceil(share / rows) * reply_seconds(moments, replies)
+            math.ceil(share / rows) * reply_seconds(moments, tokens=replies.response)
             + math.ceil(share / micro) * moments["measure"].seconds / passes
             + steps * (micros * one_pass + moments["step"].seconds)
         )
@@ -289,10 +288,9 @@ class Planner:
         drawn = len(config.draw_rows) * max(config.best_of.sizes, default=0)
         batches = config.num_prompts / config.batch_size / self.machine.processes
         more = drawn / config.batch_size / self.machine.processes
-        seconds = (2 * batches + more) * reply_seconds(moments, replies) + batches * (
-            moments["divergence"].seconds + 2 * moments["likelihood"].seconds
-        )
-        seconds += (2 * batches + more) * moments["scores"].seconds
+        reply = reply_seconds(moments, tokens=replies.response) + moments["scores"].seconds
+        reading = moments["divergence"].seconds + 2 * moments["likelihood"].seconds
+        seconds = (2 * batches + more) * reply + batches * reading
         return replace(self._most("evaluate", peaks, seconds=seconds, unit="run"), units=1)
 
     def _workers(self, config: Any) -> int:
@@ -400,9 +398,3 @@ class Planner:
             base = LIBRARIES[stage] * GB + CPU_SLACK * peak.live
         room = self.machine.room
         return Need(stage=stage, peak=peak, base=base, room=room, seconds=seconds, unit=unit)
-
-
-def reply_seconds(moments: Mapping[str, Moment], replies: Replies) -> float:
-    """Returns what a batch of replies takes; a token's step grows evenly with what it reads."""
-    step = (moments["first token"].seconds + moments["last token"].seconds) / 2
-    return moments["prefill"].seconds + (replies.response - 1) * step

@@ -288,16 +288,8 @@ def rehearse_ppo(
         replies: of one worker's batch.
         recomputes: whether layers of what is trained are computed again on the way back.
     """
-    lora, reward_lora = loras
     critic = settings.advantage.needs_value_model
-    four = roles_of(
-        blueprint,
-        roles=roles,
-        lora=lora,
-        reward_lora=reward_lora,
-        critic=critic,
-        recomputes=recomputes,
-    )
+    four = roles_of(blueprint, roles=roles, loras=loras, critic=critic, recomputes=recomputes)
     named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
     stage = Stage(ledger, {name: role for name, role in named if role is not None})
     size = settings.minibatch_size

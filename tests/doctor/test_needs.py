@@ -7,9 +7,8 @@ import pytest
 from pipeline.doctor.blueprint import Blueprint
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
 from pipeline.doctor.mending import changes, mend
-from pipeline.doctor.needs import Need, Peak, Planner, reply_seconds
-from pipeline.doctor.rehearsal import Replies
-from pipeline.doctor.seen import Moment, Rehearsal
+from pipeline.doctor.needs import Need, Peak, Planner
+from pipeline.doctor.seen import Moment, Rehearsal, reply_seconds
 from pipeline.lora import LoRA
 from pipeline.training import Training
 from stages.evaluate import Config as EvaluateConfig
@@ -73,7 +72,7 @@ def test_replies_take_a_step_a_token():
         "prefill": Moment(0.0, 3.0, 0.0), "first token": Moment(0.0, 1.0, 0.0),
         "last token": Moment(0.0, 2.0, 0.0),
     }  # fmt: skip
-    assert reply_seconds(moments, Replies(rows=1, prompt=4, response=11)) == 3 + 10 * 1.5
+    assert reply_seconds(moments, tokens=11) == 3 + 10 * 1.5
 
 
 def test_smaller_batches_are_tried_before_adapters():

@@ -162,8 +162,9 @@ def test_a_data_folder_without_test_prompts_is_refused(chain, tmp_path):
 
 def test_another_tokenizer_is_refused(chain, tmp_path, caplog):
     from pipeline.errors import UserError
+    from pipeline.evaluation.loading import read_tokenizers
     from pipeline.tokenizer import train_tokenizer
-    from stages.evaluate import PARENTS, read_tokenizers
+    from stages.evaluate import PARENTS
 
     run = copy(chain, tmp_path)
     parents = {name: open_artifact(run / name, kind=kind) for name, kind in PARENTS.items()}
