@@ -1,5 +1,6 @@
 """The making of a reward model: what the stages reward and reward_guard share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         reading = load_reading(config.init_from)
     precision = choose_precision(config.training.precision)
     config.training.accumulation(world_size())
+    encoded = {
+        split: read_split(config, split, data=data, reading=reading)
+        for split in ("train", "validation")
+    }
+    rows = training_rows(config, encoded["train"])
     said = listen(
         load_causal_lm(sft, quantisation=quantisation(config.lora)).to(device),
         [row["prompt"] for row in read_rows(data, "prompts", split="train")],
@@ -60,7 +66,13 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         seed=config.seed,
     )
     trainer, counts = train(
-        config, stage, data=data, sft=sft, reading=reading, bf16=precision == "bf16"
+        config,
+        stage,
+        encoded=encoded,
+        rows=rows,
+        sft=sft,
+        reading=reading,
+        bf16=precision == "bf16",
     )
     samples = set_constants(trainer.model, said, reading=reading)
     save_merged(trainer, stage.path, load=lambda: untrained(config, sft, like=trainer.model))
@@ -216,16 +228,24 @@ def train(
     config: RewardConfig,
     stage: StageRun,
     *,
-    data: Path,
+    encoded: Mapping[str, Encoded],
+    rows: list[dict[str, Any]],
     sft: Path,
     reading: Reading,
     bf16: bool,
 ) -> tuple[Trainer, dict[str, int | float]]:
-    """Returns the trainer after its last step, and how much it was trained on."""
-    training, validation = (
-        read_split(config, split, data=data, reading=reading) for split in ("train", "validation")
-    )
-    rows = training_rows(config, training)
+    """Returns the trainer after its last step, and how much it was trained on.
+
+    Args:
+        config: of the stage.
+        stage: its folder.
+        encoded: rankings of train and validation in tokens.
+        rows: those of train that are trained on.
+        sft: folder of the SFT model.
+        reading: how the model reads text.
+        bf16: whether passes are in bfloat16.
+    """
+    training, validation = encoded["train"], encoded["validation"]
     model = build_model(config, sft, reading=reading)
     trainer = build_trainer(config, model, rows, reading=reading, folder=stage.path, bf16=bf16)
     fit(
