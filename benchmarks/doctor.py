@@ -72,6 +72,17 @@ CASES = [
         "pretrain",
         [*STEPS, *MIDDLE, "--sequence_length=512", "--context_length=512"],
     ),
+    Case(
+        "pretrain, 11M, rows of 512, activations computed again",
+        "pretrain",
+        [
+            *STEPS,
+            *MIDDLE,
+            "--sequence_length=512",
+            "--context_length=512",
+            "--activation_checkpointing=true",
+        ],
+    ),
     Case("ppo, separate, two workers", "ppo", [*UPDATES, "--threads=2"], REWARDED),
 ]
 

@@ -109,19 +109,17 @@ def _bytes_of(model: nn.Module, *, trained: bool = False) -> int:
     )
 
 
-def merge_adapter(
-    trainer: Trainer, run: StageRun, *, base: Path, load: Callable[[], PreTrainedModel]
-) -> None:
-    """Writes a trained adapter to adapter/ and puts the merged model in the trainer's place.
+def merge_adapter(trainer: Trainer, run: StageRun, *, base: Path, quantised: bool) -> None:
+    """Writes a trained adapter to adapter/ and merges it into the weights where they are.
 
-    Merged are weights of full precision, also where the adapter was trained on 4-bit ones. Where
-    all weights were trained there is nothing to do.
+    Weights in 4 bits stay as they are, with the adapter on them, until `save_merged` writes ones of
+    full precision. Where all weights were trained there is nothing to do.
 
     Args:
         trainer: at its end.
         run: whose folder gets the adapter.
         base: folder of the model that the adapter was trained on.
-        load: returns that model.
+        quantised: whether its weights are in 4 bits.
     """
     model = trainer.model
     if not isinstance(model, PeftModel):
@@ -130,7 +128,23 @@ def merge_adapter(
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         write_adapter(run.path / ADAPTER, model.peft_config["default"], weights, base=base)
     barrier()
-    trainer.model = merged(load(), run.path / ADAPTER).to(trainer.args.device)
+    trainer.model = model.eval() if quantised else model.merge_and_unload().eval()
+
+
+def save_merged(trainer: Trainer, folder: Path, *, load: Callable[[], PreTrainedModel]) -> None:
+    """Writes the model like `save_model`, without an adapter that 4-bit weights still have.
+
+    Args:
+        trainer: after `merge_adapter`.
+        folder: of the stage, with the adapter.
+        load: returns the model that the adapter was trained on in full precision, in the main
+            process's own memory; none other loads it.
+    """
+    if not isinstance(trainer.model, PeftModel):
+        save_model(trainer, folder)
+    elif trainer.args.should_save:
+        merged(load(), folder / ADAPTER).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
 
 
 def save_model(trainer: Trainer, folder: Path) -> None:

@@ -51,7 +51,7 @@ class _Picked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         chosen = wide(logits.new_empty(len(logits)))
         norms, entropies = torch.empty_like(chosen), torch.zeros_like(chosen)
-        for rows in _blocks(logits):
+        for rows in blocks(logits):
             scaled, mine = _scaled(logits[rows], temperature), tokens[rows, None]
             logprobs = scaled.log_softmax(dim=-1)
             chosen[rows] = logprobs.gather(1, mine)[:, 0]
@@ -68,7 +68,7 @@ class _Picked(torch.autograd.Function):
         logits, tokens, norms, entropies = ctx.saved_tensors
         of_logits = torch.empty_like(logits)
         of_chosen, of_entropy = of_chosen / ctx.temperature, of_entropy / ctx.temperature
-        for rows in _blocks(logits):
+        for rows in blocks(logits):
             logprobs = _scaled(logits[rows], ctx.temperature) - norms[rows, None]
             if ctx.entropy:
                 weights = of_entropy[rows, None] * (logprobs + entropies[rows, None])
@@ -84,6 +84,7 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return wide(logits) if temperature == 1 else wide(logits) / temperature
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Returns the rows that are worked on at a time: few on a processor, elsewhere all."""
     size = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     return (slice(start, start + size) for start in range(0, len(logits), size))

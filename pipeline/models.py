@@ -362,7 +362,7 @@ def whole_text_scores(
     def raw_scores(chosen: list[int]) -> Float[Tensor, "batch"]:
         inputs = pad_right([sequences[row] for row in chosen], pad_id=pad_id, separator=separator)
         inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
-        raw: Tensor = model(**inputs).logits[:, 0].float().cpu()
+        raw: Tensor = model(**inputs, use_cache=False).logits[:, 0].float().cpu()
         return raw
 
     scores = torch.zeros(len(sequences))

@@ -28,8 +28,11 @@ from pipeline.spacing import evenly_spaced
 from pipeline.storage import write_json
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.judge import Models, Prompts
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from pipeline.evaluation.judge import Policies, Prompts, Said
     from pipeline.evaluation.records import Record
+    from pipeline.evaluation.sampling import Sampling
     from pipeline.reward.reading import Reading
 
 log = logging.getLogger(__name__)
@@ -174,88 +177,86 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
     return prompts, len(rows) - len(usable)
 
 
-def load_models(
-    parents: Mapping[str, Artifact], prompts: "Prompts", *, device: Any, batch_size: int
-) -> "tuple[Models, Reading]":
-    """Returns every model of the run on a device, and how the reward model reads text.
+def hear(
+    parents: Mapping[str, Artifact],
+    prompts: "Prompts",
+    config: Config,
+    *,
+    sampling: "Sampling",
+    tokenizer: "PreTrainedTokenizerFast",
+    device: Any,
+) -> "tuple[Said, dict[str, float] | None]":
+    """Returns what both policies say to this process's prompts, and the alignment tax."""
+    from pipeline.evaluation.judge import Policies, converse
+    from pipeline.evaluation.loading import load_reader
 
-    Raises:
-        UserError: language models of different vocabularies, or a reward model of another one that
-            was not meant to have it.
-    """
-    from pipeline.attention import pack
-    from pipeline.evaluation.judge import Models
-    from pipeline.models import load_causal_lm, load_reward_model, load_tokenizer
-    from pipeline.parallel import choose_workers
-    from pipeline.ppo.scorers import model_scorer
-    from pipeline.ppo.sources import reading_of
-    from pipeline.reward.reading import Words
-
-    tokenizer = load_tokenizer(parents["sft"].path)
-    for name in ("pretrain", "ppo"):
-        theirs = load_tokenizer(parents[name].path)
-        require(
-            theirs.get_vocab() == tokenizer.get_vocab(),
-            f"{parents[name].path} has another tokenizer than {parents['sft'].path}; "
-            "models of one run must share it",
-        )
-    lms = {
-        name: load_causal_lm(parents[name].path).to(device) for name in ("sft", "ppo", "pretrain")
-    }
-    for model in lms.values():
-        pack(model)
-    reading = reading_of(parents["reward"], tokenizer=tokenizer)
-    reward = load_reward_model(parents["reward"].path).to(device)
-    words = Words.behind(prompts.tokens, prompts.messages, tokenizer=tokenizer)
-    models = Models(
-        **lms,
-        reward=reward,
-        scorer=model_scorer(
-            reward,
-            reading,
-            words=words,
-            name="reward",
-            batch_size=batch_size,
-            workers=choose_workers(0, reward.device),
-        ),
+    policies = Policies(
+        sft=load_reader(parents["sft"], device=device),
+        ppo=load_reader(parents["ppo"], device=device),
         tokenizer=tokenizer,
     )
-    return models, reading
-
-
-def measure(
-    models: "Models", prompts: "Prompts", config: Config, *, max_response_tokens: int
-) -> "list[Record]":
-    """Returns the records of all processes in the order of the prompts."""
-    from pipeline.evaluation.judge import judge
-    from pipeline.evaluation.sampling import Sampling
-    from pipeline.parallel import choose_workers
-
-    records = judge(
-        models,
+    said = converse(
+        policies,
         prompts=prompts.only(range(rank(), len(prompts.rows), world_size())),
-        sampling=Sampling(
-            seed=config.seed,
-            max_response_tokens=max_response_tokens,
-            batch_size=config.batch_size,
-            workers=choose_workers(0, models.sft.device),
-        ),
+        sampling=sampling,
         draws=max(config.best_of.sizes, default=0),
         draw_rows=config.draw_rows,
     )
-    gathered = [record for part in gather_objects(records) for record in part]
-    return sorted(gathered, key=lambda record: record.row)
+    return said, measure_tax(policies, parents, config)
+
+
+def measure(
+    parents: Mapping[str, Artifact], prompts: "Prompts", config: Config, *, device: Any
+) -> "tuple[list[Record], dict[str, Any]]":
+    """Returns the records of all processes in the order of the prompts, and what else was measured.
+
+    Models are loaded one after the other, PPO's beside SFT's.
+    """
+    from pipeline.evaluation.judge import batching_of, judged, surprises
+    from pipeline.evaluation.loading import load_reader, load_scorer, read_tokenizers
+    from pipeline.evaluation.sampling import Sampling
+    from pipeline.parallel import choose_workers
+
+    tokenizer, reading = read_tokenizers(parents)
+    sampling = Sampling(
+        seed=config.seed,
+        max_response_tokens=parents["ppo"].config["max_response_tokens"],
+        batch_size=config.batch_size,
+        workers=choose_workers(0, device),
+    )
+    said, tax = hear(
+        parents, prompts, config, sampling=sampling, tokenizer=tokenizer, device=device
+    )
+    pretrain = load_reader(parents["pretrain"], device=device)
+    nll = surprises(pretrain, said, batching=batching_of(tokenizer, sampling))
+    del pretrain
+    reward, scorer = load_scorer(
+        parents["reward"],
+        prompts,
+        reading=reading,
+        tokenizer=tokenizer,
+        device=device,
+        batch_size=config.batch_size,
+    )
+    shares = gather_objects(judged(said, nll=nll, scorer=scorer))
+    records = sorted((record for share in shares for record in share), key=lambda one: one.row)
+    report = report_on_ratings(reward, parents, reading=reading, seed=config.seed)
+    return records, {"reward_model": report, "alignment_tax": tax}
 
 
 def report_on_ratings(
-    models: "Models", parents: Mapping[str, Artifact], *, reading: "Reading", seed: int
+    reward: "PreTrainedModel",
+    parents: Mapping[str, Artifact],
+    *,
+    reading: "Reading",
+    seed: int,
 ) -> dict[str, Any]:
     """Returns the reward model's report on the test texts, as it was trained to read them."""
     from pipeline.reward.held_out import held_out_report
 
     trained = parents["reward"].config
     return held_out_report(
-        models.reward,
+        reward,
         reading=reading,
         data=parents["data"].path,
         split="test",
@@ -267,17 +268,17 @@ def report_on_ratings(
 
 
 def measure_tax(
-    models: "Models", parents: Mapping[str, Artifact], config: Config
+    policies: "Policies", parents: Mapping[str, Artifact], config: Config
 ) -> dict[str, float] | None:
     """Returns the alignment tax on the test text, in rows as long as PPO's longest."""
     from pipeline.evaluation.alignment_tax import alignment_tax
 
     longest = parents["ppo"].config
     return alignment_tax(
-        models.sft,
-        models.ppo,
+        policies.sft,
+        policies.ppo,
         text=parents["data"].path / "text-test.parquet",
-        tokenizer=models.tokenizer,
+        tokenizer=policies.tokenizer,
         length=longest["max_prompt_tokens"] + longest["max_response_tokens"],
         num_rows=config.text_rows,
     )
@@ -336,23 +337,16 @@ def run(config: Config) -> None:
         from pipeline.evaluation.markdown import headline, results_markdown
         from pipeline.evaluation.targets import figures
 
-        models, reading = load_models(
-            parents, prompts, device=accelerator.device, batch_size=config.batch_size
-        )
-        limit = parents["ppo"].config["max_response_tokens"]
-        records = measure(models, prompts, config, max_response_tokens=limit)
+        records, measured = measure(parents, prompts, config, device=accelerator.device)
         results = compare(
             records,
             sizes=config.best_of.sizes,
             bootstrap_samples=config.bootstrap_samples,
             seed=config.seed,
         )
-        results["reward_model"] = report_on_ratings(
-            models, parents, reading=reading, seed=config.seed
-        )
         results |= {
-            "alignment_tax": measure_tax(models, parents, config),
-            "max_response_tokens": limit,
+            **measured,
+            "max_response_tokens": parents["ppo"].config["max_response_tokens"],
             "targets": config.targets,
             "prompts_left_out": num_left_out,
         }

@@ -27,14 +27,14 @@ class Config(RewardConfig):
 
 def run(config: Config) -> None:
     """Makes the reward_guard folder."""
-    setup(config, shards=() if config.lora.rank else SHARDING)
+    device = setup(config, shards=() if config.lora.rank else SHARDING).device
     parents = {
         name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
     } | outside_parents(config, "reward_guard")
     with begin(config, stage="reward_guard", kind="reward", parents=parents) as stage:
         from pipeline.reward.making import make_reward_model
 
-        make_reward_model(config, stage)
+        make_reward_model(config, stage, device=device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

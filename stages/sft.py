@@ -210,7 +210,7 @@ def train_and_validate(
     run: StageRun,
 ) -> tuple[float, dict[str, float]]:
     """Returns tokens per second and the final validation figures; the folder holds the model."""
-    from pipeline.fitting import fit, merge_adapter, save_model
+    from pipeline.fitting import fit, merge_adapter, save_merged
     from pipeline.models import load_causal_lm
 
     tokenizer = trainer.processing_class
@@ -231,11 +231,11 @@ def train_and_validate(
         tokens_per_step=_num_tokens(ordered) / trainer.args.max_steps,
     )
     base = run.parents["pretrain"].path
-    merge_adapter(trainer, run, base=base, load=lambda: load_causal_lm(base))
+    merge_adapter(trainer, run, base=base, quantised=config.lora.quantise != "none")
     step = trainer.state.global_step
     final = validate(len(validation))
     run.log(step, final)
-    save_model(trainer, run.path)
+    save_merged(trainer, run.path, load=lambda: load_causal_lm(base))
     write_samples(config, trainer.model, tokenizer=tokenizer, rows=validation, run=run, step=step)
     return speed, final
 

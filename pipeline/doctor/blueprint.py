@@ -17,6 +17,7 @@ from pipeline.last_layer import spare
 from pipeline.lora import LoRA, adapter_config, quiet_about_old_names
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.sharing import AdaptedPolicy, AdaptedScorer, SharedBase, TrunkValue
+from pipeline.sharding import recompute
 
 PACKED_BYTES = 0.516
 """Bytes of a weight in 4-bit NormalFloat: half a byte, and 0.127 bits for quantised constants
@@ -149,19 +150,28 @@ class _Scorer(AdaptedScorer):
 
 
 def roles_of(
-    blueprint: Blueprint, *, roles: str, lora: LoRA, reward_lora: LoRA, critic: bool
+    blueprint: Blueprint,
+    *,
+    roles: str,
+    loras: tuple[LoRA, LoRA],
+    critic: bool,
+    recomputes: bool = False,
 ) -> Roles:
     """Returns the four roles as `pipeline.ppo.loading` loads them, without contents.
 
     Args:
         blueprint: of all of them.
         roles: separate, trunk or lora.
-        lora: the policy's adapter, and whether the base is in 4 bits.
-        reward_lora: the reward model's and the critic's, where roles is lora.
+        loras: the policy's adapter, which says whether the base is in 4 bits, and the reward
+            model's and the critic's, where roles is lora.
         critic: whether there is a value model.
+        recomputes: whether layers of what is trained are computed again on the way back.
     """
     if roles == "lora":
-        return _on_one_base(blueprint, lora=lora, reward_lora=reward_lora, critic=critic)
+        found = _on_one_base(blueprint, loras, critic=critic)
+        if recomputes:
+            recompute(found.policy.base.model)
+        return found
     policy, reference = (blueprint.reader(blueprint.causal_lm()) for _ in range(2))
     reward_model = blueprint.reader(blueprint.classifier()).requires_grad_(False)
     value: Any = None
@@ -170,10 +180,14 @@ def roles_of(
             value = TrunkValue(policy)
     elif critic:
         value = blueprint.reader(blueprint.classifier())
+    if recomputes:
+        for model in (policy, *([value] if critic and roles == "separate" else [])):
+            recompute(model)
     return Roles(policy, reference.requires_grad_(False), reward_model, value)
 
 
-def _on_one_base(blueprint: Blueprint, *, lora: LoRA, reward_lora: LoRA, critic: bool) -> Roles:
+def _on_one_base(blueprint: Blueprint, loras: tuple[LoRA, LoRA], *, critic: bool) -> Roles:
+    lora, reward_lora = loras
     names = ["value", "reward"] if critic else ["reward"]
     base = _Base(blueprint, {"policy": lora, **dict.fromkeys(names, reward_lora)})
     return Roles(

@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.doctor.machine import Rates
+
+Item = TypeVar("Item")
 
 aten = torch.ops.aten
 FUSED = aten._scaled_dot_product_flash_attention_for_cpu.default  # noqa: SLF001 - torch's names
@@ -55,6 +57,14 @@ class Ledger(TorchDispatchMode):
     def restart(self) -> None:
         """Forgets the peak, the operations and the seconds so far."""
         self.peak, self.flops, self.seconds = self.live, 0, 0.0
+
+    def once_for_all(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the first of items that are worked on alike; what it takes counts for each."""
+        first, *others = items
+        flops, seconds = self.flops, self.seconds
+        yield first
+        self.flops += len(others) * (self.flops - flops)
+        self.seconds += len(others) * (self.seconds - seconds)
 
     def __torch_dispatch__(
         self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Any = None

@@ -46,7 +46,12 @@ def mend(stage: str, config: Any, *, attempt: Callable[[list[str]], Need]) -> st
         if last.fits:
             return f"it fits with {' '.join(words)}: {last.total / 1e9:,.1f} GB"
     least = f"no smaller batch helps ({last.total / 1e9:,.1f} GB): " if last else ""
-    if stage in ("ppo", "evaluate"):
+    if stage == "evaluate" or getattr(config, "take_as_is", False):
+        return (
+            f"{least}its models are read whole, so run it where memory is, on a processor: "
+            f"CUDA_VISIBLE_DEVICES= make {stage}; or take a smaller model"
+        )
+    if stage == "ppo":
         return f"{least}take a smaller model, or devices with more memory"
     return (
         f"{least}divide the model over more GPUs (ACCELERATE_CONFIG="

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,16 +13,20 @@ from pipeline.doctor.blueprint import Blueprint
 from pipeline.doctor.ledger import Ledger
 from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
 from pipeline.doctor.rehearsal import (
+    Passes,
     Replies,
     rankings,
-    rehearse_evaluation,
     rehearse_generation,
     rehearse_language_model,
+    rehearse_policies,
     rehearse_ppo,
+    rehearse_pretrained,
     rehearse_reward,
+    rehearse_scoring,
     training_rows,
 )
-from pipeline.doctor.seen import Moment, Rehearsal, Role
+from pipeline.doctor.seen import Rehearsal, Role, reply_seconds
+from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 
@@ -119,9 +123,14 @@ class Planner:
         return self._reward(config, stage)
 
     def rehearse(self, act: Callable[[Blueprint, Ledger], Rehearsal]) -> Rehearsal:
-        """Returns a rehearsal of the whole depth out of those of one layer and of two."""
-        one, two = (act(self.blueprint.of_depth(n), Ledger(self.machine.rates)) for n in (1, 2))
-        return one.at(self.blueprint.layers, two)
+        """Returns a rehearsal of the whole depth out of those of two layers and of three."""
+        two, three = (self._act(act, layers) for layers in (2, 3))
+        return two.at(self.blueprint.layers, three)
+
+    def _act(self, act: Callable[[Blueprint, Ledger], Rehearsal], layers: int) -> Rehearsal:
+        ledger = Ledger(self.machine.rates)
+        with ways_of(ledger, is_gpu=self.machine.is_gpu):
+            return act(self.blueprint.of_depth(layers), ledger)
 
     @cached_property
     def copy_bytes(self) -> float:
@@ -147,8 +156,7 @@ class Planner:
                 training=training,
                 lora=NO_LORA,
                 batch=training_rows(config.training.microbatch_size, config.sequence_length),
-                bf16=self.precision(config.training.precision) == "bf16",
-                adds_up=self._adds_up(config.training),
+                passes=self._passes(config),
             )
         )
         peaks = [self._peak(rehearsal, "validation")]
@@ -166,16 +174,13 @@ class Planner:
                 training=config.training,
                 lora=config.lora,
                 batch=training_rows(config.training.microbatch_size, config.max_length),
-                bf16=self.precision(config.training.precision) == "bf16",
-                adds_up=self._adds_up(config.training),
+                passes=self._passes(config),
             )
         )
         peaks = [
             self._peak(rehearsal, "validation"),
             *self._training(rehearsal, config.training),
         ]
-        if config.lora.rank:
-            peaks.append(self._merged(rehearsal))
         return self._steps("sft", rehearsal, config.training, peaks)
 
     def _reward(self, config: Any, stage: str) -> Need:
@@ -194,15 +199,13 @@ class Planner:
                     packed=config.pack and not config.init_from,
                 ),
                 dropout=config.dropout,
-                bf16=self.precision(config.training.precision) == "bf16",
-                adds_up=self._adds_up(config.training),
+                passes=self._passes(config),
             )
         )
         peaks = [
             self._peak(rehearsal, "validation"),
             *self._training(rehearsal, config.training),
-            *([self._merged(rehearsal)] if config.lora.rank else []),
-            self._constants(rehearsal, config),
+            self._constants(config),
         ]
         return self._steps(stage, rehearsal, config.training, peaks)
 
@@ -214,13 +217,12 @@ class Planner:
         micro = min(config.microbatch_size, mine)
         micros = math.ceil(mine / micro)
         passes = min(2, micros)
-        precision = self.precision(config.precision)
         settings = replace(
             config.settings(torch.device("cpu")),
             prompts_per_update=passes * micro,
             minibatch_size=passes * micro,
             microbatch_size=micro,
-            precision=precision,
+            precision=self.precision(config.precision),
             workers=1,
             optimisation=replace(config.optimisation, epochs=1, critic_warmup=0),
             advantage=replace(config.advantage, responses_per_prompt=1)
@@ -238,6 +240,7 @@ class Planner:
                 roles=config.roles,
                 loras=(config.lora, reward.lora),
                 replies=replies,
+                recomputes=config.activation_checkpointing,
             )
         )
         peaks = [
@@ -256,7 +259,7 @@ class Planner:
         steps = config.optimisation.epochs * config.prompts_per_update // config.minibatch_size
         one_pass = max(0.0, moments["optimise"].seconds - moments["step"].seconds) / passes
         seconds = (
-            math.ceil(share / rows) * reply_seconds(moments, replies)
+            math.ceil(share / rows) * reply_seconds(moments, tokens=replies.response)
             + math.ceil(share / micro) * moments["measure"].seconds / passes
             + steps * (micros * one_pass + moments["step"].seconds)
         )
@@ -271,19 +274,23 @@ class Planner:
         replies = Replies(
             rows=config.batch_size, prompt=ppo.max_prompt_tokens, response=ppo.max_response_tokens
         )
-        rehearsal = self.rehearse(
-            lambda blueprint, ledger: rehearse_evaluation(blueprint, ledger, replies)
-        )
+        one_after_the_other = [
+            self.rehearse(partial(act, replies=replies))
+            for act in (rehearse_policies, rehearse_pretrained, rehearse_scoring)
+        ]
         workers = 1 if self.machine.is_gpu else self._workers(config)
-        names = (*REPLYING, "divergence", "likelihood", "text")
-        peaks = [self._peak(rehearsal, name, workers=workers) for name in names]
-        moments = rehearsal.moments
+        peaks = [
+            self._peak(rehearsal, name, workers=workers)
+            for rehearsal in one_after_the_other
+            for name in rehearsal.moments
+        ]
+        moments = {k: v for rehearsal in one_after_the_other for k, v in rehearsal.moments.items()}
         drawn = len(config.draw_rows) * max(config.best_of.sizes, default=0)
         batches = config.num_prompts / config.batch_size / self.machine.processes
         more = drawn / config.batch_size / self.machine.processes
-        seconds = (2 * batches + more) * reply_seconds(moments, replies) + batches * (
-            moments["divergence"].seconds + 2 * moments["likelihood"].seconds
-        )
+        reply = reply_seconds(moments, tokens=replies.response) + moments["scores"].seconds
+        reading = moments["divergence"].seconds + 2 * moments["likelihood"].seconds
+        seconds = (2 * batches + more) * reply + batches * reading
         return replace(self._most("evaluate", peaks, seconds=seconds, unit="run"), units=1)
 
     def _workers(self, config: Any) -> int:
@@ -292,6 +299,13 @@ class Planner:
         threads = config.threads or max(1, num_cores() // self.machine.processes)
         wanted = getattr(config, "workers", 0)
         return wanted or min(2, threads)
+
+    def _passes(self, config: Any) -> Passes:
+        return Passes(
+            bf16=self.precision(config.training.precision) == "bf16",
+            adds_up=self._adds_up(config.training),
+            recomputes=config.activation_checkpointing,
+        )
 
     def _adds_up(self, training: Any) -> bool:
         """Whether gradients of other passes are there, or count as such since they are divided."""
@@ -306,24 +320,23 @@ class Planner:
         yield self._peak(rehearsal, "pass", gradients=adds_up, extra=buckets)
         yield self._peak(rehearsal, "step", gradients=True, extra=buckets)
 
-    def _merged(self, rehearsal: Rehearsal) -> Peak:
-        """The trained model and its optimizer are there still when the merged one is made."""
-        copy = self.copy_bytes
-        looking = self._peak(rehearsal, "validation")
-        return replace(looking, moment="validate merged", weights=looking.weights + copy)
-
-    def _constants(self, rehearsal: Rehearsal, config: Any) -> Peak:
-        """The SFT model replies beside the reward model, to normalise its scores."""
+    def _constants(self, config: Any) -> Peak:
+        """The SFT model replies before the reward model is there, to normalise its scores."""
         wanted = config.normalisation
         replies = Replies(
             rows=min(GENERATED, math.ceil(wanted.num_samples / self.machine.processes)),
             prompt=max(1, config.max_length - wanted.response_tokens),
             response=wanted.response_tokens,
         )
-        spoken = self.rehearse(lambda b, ledger: rehearse_generation(b, ledger, replies))
-        most = max(spoken.moments[name].most for name in REPLYING)
-        merged = self.copy_bytes if config.lora.rank else 0.0
-        return self._held(rehearsal, "normalise", gradients=False, extra=most + merged)
+        quantised = config.lora.quantise == "4bit"
+        spoken = self.rehearse(
+            lambda blueprint, ledger: rehearse_generation(
+                blueprint, ledger, replies, quantised=quantised
+            )
+        )
+        name = max(REPLYING, key=lambda name: spoken.moments[name].most)
+        working = spoken.moments[name].most - spoken.weights
+        return Peak(moment=f"normalise, {name}", weights=spoken.weights, working=working)
 
     def _peak(
         self,
@@ -385,9 +398,3 @@ class Planner:
             base = LIBRARIES[stage] * GB + CPU_SLACK * peak.live
         room = self.machine.room
         return Need(stage=stage, peak=peak, base=base, room=room, seconds=seconds, unit=unit)
-
-
-def reply_seconds(moments: Mapping[str, Moment], replies: Replies) -> float:
-    """Returns what a batch of replies takes; a token's step grows evenly with what it reads."""
-    step = (moments["first token"].seconds + moments["last token"].seconds) / 2
-    return moments["prefill"].seconds + (replies.response - 1) * step

@@ -1,6 +1,6 @@
 """Every stage's own passes on tensors without contents: what they hold, how long they take.
 
-Models of one layer and of two are rehearsed: every figure is linear in the number of layers.
+Models of two layers and of three are rehearsed: from two on every figure is linear in the layers.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.doctor.blueprint import Blueprint, roles_of
 from pipeline.doctor.ledger import Ledger, hollow
 from pipeline.doctor.seen import Rehearsal, Stage
-from pipeline.evaluation.alignment_tax import ROWS_PER_BATCH
+from pipeline.evaluation.alignment_tax import rows_per_pass
 from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from pipeline.fitting import mean_nll, prefer_fast_attention
 from pipeline.language_loss import labelled_nll, plain_head
@@ -52,6 +52,21 @@ class Replies:
         return [[WORD] * self.prompt] * self.rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How a stage goes forward and backward.
+
+    Attributes:
+        bf16: whether in bfloat16.
+        adds_up: whether gradients of other passes are there before.
+        recomputes: whether layers keep their inputs alone and are computed again on the way back.
+    """
+
+    bf16: bool = False
+    adds_up: bool = True
+    recomputes: bool = False
+
+
 def training_rows(rows: int, length: int) -> dict[str, Tensor]:
     """Returns a batch of a language model; one row is a token shorter, so that there is padding."""
     mask = torch.ones(rows, length, dtype=torch.long)
@@ -67,8 +82,7 @@ def rehearse_language_model(
     training: Training | None,
     lora: LoRA,
     batch: dict[str, Tensor],
-    bf16: bool,
-    adds_up: bool = True,
+    passes: Passes,
 ) -> Rehearsal:
     """Returns what pretrain and sft do: passes on microbatches, steps, validation.
 
@@ -78,13 +92,12 @@ def rehearse_language_model(
         training: of the stage; None where the model is only measured.
         lora: adapters, if any.
         batch: of a pass.
-        bf16: whether passes are in bfloat16.
-        adds_up: whether passes find gradients of others before them.
+        passes: how they are made.
     """
     model = blueprint.causal_lm(quantised=lora.quantise == "4bit")
-    trained = _adapted(model, lora, task="CAUSAL_LM")
+    trained = _adapted(model, lora, task="CAUSAL_LM", recomputes=passes.recomputes)
     if blueprint.packs:  # on a processor
-        prefer_fast_attention(trained, bf16=bf16 and training is not None)
+        prefer_fast_attention(trained, bf16=passes.bf16 and training is not None)
     stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
@@ -97,9 +110,7 @@ def rehearse_language_model(
         if training is not None:
             optimizer = build_optimizer(trained, training)
             stage.settle([optimizer], foreach=not blueprint.packs)
-            _rehearse_training(
-                stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up
-            )
+            _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
         stage.observe("validation", lambda: mean_nll(trained, [batch]))
     return stage.seen()
 
@@ -112,8 +123,7 @@ def rehearse_reward(
     lora: LoRA,
     batch: dict[str, Any],
     dropout: float,
-    bf16: bool,
-    adds_up: bool = True,
+    passes: Passes,
 ) -> Rehearsal:
     """Returns what a reward stage does: passes on microbatches of rankings, and steps.
 
@@ -124,15 +134,14 @@ def rehearse_reward(
         lora: adapters, if any.
         batch: of `rankings`.
         dropout: in front of every layer.
-        bf16: whether passes are in bfloat16.
-        adds_up: whether passes find gradients of others before them.
+        passes: how they are made.
     """
     model = blueprint.classifier(quantised=lora.quantise == "4bit")
-    trained = _adapted(model, lora, task="SEQ_CLS")
+    trained = _adapted(model, lora, task="SEQ_CLS", recomputes=passes.recomputes)
     if dropout > 0:
         add_dropout(model, probability=dropout)
     if blueprint.packs:
-        prefer_fast_attention(trained, bf16=bf16)
+        prefer_fast_attention(trained, bf16=passes.bf16)
     stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
@@ -143,7 +152,7 @@ def rehearse_reward(
     with ledger:
         optimizer = build_optimizer(trained, training)
         stage.settle([optimizer], foreach=not blueprint.packs)
-        _rehearse_training(stage, trained, loss, optimizer=optimizer, bf16=bf16, adds_up=adds_up)
+        _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
         texts = [[WORD] * batch["length"]] * SCORED
         stage.observe("validation", lambda: raw_scores(trained, texts, pad_id=PAD))
     return stage.seen()
@@ -169,9 +178,11 @@ def rankings(*, rows: int, texts: int, prompt: int, length: int, packed: bool) -
     return RankingCollator(pad_id=PAD, packed=packed)([row] * rows) | {"length": length}
 
 
-def _adapted(model: Any, lora: LoRA, *, task: str) -> Any:
+def _adapted(model: Any, lora: LoRA, *, task: str, recomputes: bool) -> Any:
     with torch.device("meta"):
         trained = with_adapter(model, lora, task=task, seed=0)
+    if recomputes:
+        trained.activation_checkpointing_enable()  # as Trainer does
     return hollow(trained)
 
 
@@ -181,15 +192,14 @@ def _rehearse_training(
     loss: Callable[[], Tensor],
     *,
     optimizer: torch.optim.Optimizer,
-    bf16: bool,
-    adds_up: bool,
+    passes: Passes,
 ) -> None:
     """Notes a pass, in training mode; the optimizer is settled."""
-    if not adds_up:
+    if not passes.adds_up:
         optimizer.zero_grad()
 
     def one_pass() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=passes.bf16):
             total = loss()
         total.backward()
 
@@ -200,13 +210,13 @@ def _rehearse_training(
 
 
 def rehearse_generation(
-    blueprint: Blueprint, ledger: Ledger, replies: Replies, *, precision: str = "fp32"
+    blueprint: Blueprint, ledger: Ledger, replies: Replies, *, quantised: bool = False
 ) -> Rehearsal:
     """Returns what a causal LM takes to reply: reading the prompts, and the last token's step."""
-    model = blueprint.reader(blueprint.causal_lm())
+    model = blueprint.reader(blueprint.causal_lm(quantised=quantised))
     stage = Stage(ledger, {"model": model})
     with ledger:
-        _rehearse_replies(stage, model, replies, precision=precision)
+        _rehearse_replies(stage, model, replies, precision="fp32")
     return stage.seen()
 
 
@@ -265,6 +275,7 @@ def rehearse_ppo(
     roles: str,
     loras: tuple[LoRA, LoRA],
     replies: Replies,
+    recomputes: bool = False,
 ) -> Rehearsal:
     """Returns what an update of ppo does: it replies, measures, scores, and optimises.
 
@@ -275,10 +286,10 @@ def rehearse_ppo(
         roles: separate, trunk or lora.
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
+        recomputes: whether layers of what is trained are computed again on the way back.
     """
-    lora, reward_lora = loras
     critic = settings.advantage.needs_value_model
-    four = roles_of(blueprint, roles=roles, lora=lora, reward_lora=reward_lora, critic=critic)
+    four = roles_of(blueprint, roles=roles, loras=loras, critic=critic, recomputes=recomputes)
     named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
     stage = Stage(ledger, {name: role for name, role in named if role is not None})
     size = settings.minibatch_size
@@ -314,22 +325,43 @@ def rehearse_ppo(
     return stage.seen()
 
 
-def rehearse_evaluation(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
-    """Returns what evaluate does with its four models: replies, divergence, likelihood, text."""
-    sft, ppo, pretrain = (blueprint.reader(blueprint.causal_lm()) for _ in range(3))
-    reward = blueprint.reader(blueprint.classifier())
-    stage = Stage(ledger, {"sft": sft, "ppo": ppo, "pretrain": pretrain, "reward": reward})
-    prompts, responses = replies.prompts, [[WORD] * replies.response] * replies.rows
-    rows = {"prompts": prompts, "responses": responses}
-    batching = Batching(pad_id=PAD, batch_size=replies.rows)
-    text = training_rows(ROWS_PER_BATCH, replies.prompt + replies.response)
+def rehearse_policies(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with SFT and PPO: replies, divergence, text."""
+    sft, ppo = (blueprint.reader(blueprint.causal_lm()) for _ in range(2))
+    stage = Stage(ledger, {"sft": sft, "ppo": ppo})
+    length = replies.prompt + replies.response
+    text = training_rows(rows_per_pass(length, vocabulary=sft.config.vocab_size), length)
     with ledger:
         _rehearse_replies(stage, sft, replies, precision="fp32")
-        stage.observe(
-            "divergence", lambda: divergence(ppo, reference=sft, **rows, batching=batching)
-        )
-        stage.observe(
-            "likelihood", lambda: negative_log_likelihood(pretrain, **rows, batching=batching)
-        )
+        stage.observe("divergence", lambda: divergence(ppo, reference=sft, **_said(replies)))
         stage.observe("text", lambda: mean_nll(sft, [text]))
     return stage.seen()
+
+
+def rehearse_pretrained(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with the pretrained model, which reads replies."""
+    model = blueprint.reader(blueprint.causal_lm())
+    stage = Stage(ledger, {"pretrain": model})
+    with ledger:
+        stage.observe("likelihood", lambda: negative_log_likelihood(model, **_said(replies)))
+    return stage.seen()
+
+
+def rehearse_scoring(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
+    """Returns what evaluate does with the reward model, which scores replies."""
+    model = blueprint.reader(blueprint.classifier())
+    stage = Stage(ledger, {"reward": model})
+    texts = [prompt + [WORD] * replies.response for prompt in replies.prompts]
+    with ledger:
+        stage.observe(
+            "scores", lambda: raw_scores(model, texts, pad_id=PAD, batch_size=replies.rows)
+        )
+    return stage.seen()
+
+
+def _said(replies: Replies) -> dict[str, Any]:
+    return {
+        "prompts": replies.prompts,
+        "responses": [[WORD] * replies.response] * replies.rows,
+        "batching": Batching(pad_id=PAD, batch_size=replies.rows),
+    }

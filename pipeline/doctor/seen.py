@@ -60,10 +60,13 @@ class Rehearsal:
     gathered: float = 0.0
 
     def at(self, layers: int, other: "Rehearsal") -> "Rehearsal":
-        """Returns the rehearsal of so many layers; this one is of one layer, the other of two."""
+        """Returns the rehearsal of so many layers; this one is of two layers, the other of three.
+
+        In a single layer the embeddings are its input; from two on they are held beside it.
+        """
 
         def line(ours: float, theirs: float) -> float:
-            return ours + (layers - 1) * (theirs - ours)
+            return ours + (layers - 2) * (theirs - ours)
 
         moments = {
             name: Moment(
@@ -85,8 +88,14 @@ class Rehearsal:
                 )
                 for name, role in self.roles.items()
             },
-            gathered=other.weights,
+            gathered=self.weights,
         )
+
+
+def reply_seconds(moments: Mapping[str, Moment], *, tokens: int) -> float:
+    """Returns what a batch of replies takes; a token's step grows evenly with what it reads."""
+    step = (moments["first token"].seconds + moments["last token"].seconds) / 2
+    return moments["prefill"].seconds + (tokens - 1) * step
 
 
 class Stage:

@@ -11,8 +11,10 @@ from pipeline.spacing import evenly_spaced
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ROWS_PER_BATCH = 8
-"""Rows of one forward pass: few, as all of their logits exist at once."""
+ROWS = 8
+"""Most rows of one forward pass."""
+LOGITS = 2**29
+"""Most logits of one, which exist all at once: 2 GB in float32."""
 
 
 def alignment_tax(
@@ -41,6 +43,12 @@ def alignment_tax(
         return None
     rows = read_corpus(text, tokenizer=tokenizer, length=length).rows
     chosen = [rows[index] for index in evenly_spaced(len(rows), num_rows)]
-    batches = [stack(chosen[i : i + ROWS_PER_BATCH]) for i in range(0, len(chosen), ROWS_PER_BATCH)]
+    size = rows_per_pass(length, vocabulary=sft.config.vocab_size)
+    batches = [stack(chosen[i : i + size]) for i in range(0, len(chosen), size)]
     before, after = (math.exp(mean_nll(model, batches)[0]) for model in (sft, ppo))
     return {"sft": before, "ppo": after, "ratio": after / before}
+
+
+def rows_per_pass(length: int, *, vocabulary: int) -> int:
+    """Returns how many rows of so many tokens are read together."""
+    return max(1, min(ROWS, LOGITS // (length * vocabulary)))

@@ -1,12 +1,16 @@
-"""The forward passes of an evaluation: replies of both policies and every figure on them."""
+"""The forward passes of an evaluation: replies of both policies and every figure on them.
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+The policies speak, then the pretrained model reads, then the reward model scores: none has to be
+there longer than that.
+"""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.gold import gold_scores
-from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
+from pipeline.evaluation.likelihood import Batching, Divergence, divergence, negative_log_likelihood
 from pipeline.evaluation.records import Draw, Judged, Record
 from pipeline.evaluation.sampling import Reply, Sampling, pad_id_of, sample
 from pipeline.ppo.scorers import Scorer
@@ -15,15 +19,11 @@ from pipeline.tokenizer import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Models:
-    """The models of an evaluation; the language models have one vocabulary."""
+class Policies:
+    """The two that are held against each other; they have one vocabulary."""
 
     sft: PreTrainedModel
     ppo: PreTrainedModel
-    pretrain: PreTrainedModel
-    reward: PreTrainedModel
-    scorer: Scorer
-    """Normalised scores by the reward model, of rows in the policies' tokens."""
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -52,43 +52,123 @@ class Prompts:
         )
 
 
-def judge(
-    models: Models, *, prompts: Prompts, sampling: Sampling, draws: int, draw_rows: Container[int]
-) -> list[Record]:
-    """Returns one record per prompt.
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What both policies said to some prompts, before anything judges it.
+
+    Attributes:
+        prompts: what one process replied to.
+        sft: replies, one to each.
+        ppo: replies, one to each.
+        apart: divergence of PPO from SFT on the replies of PPO; None without prompts.
+        draws: further SFT replies of the chosen prompts, by their row numbers.
+    """
+
+    prompts: Prompts
+    sft: list[Reply] = field(default_factory=list)
+    ppo: list[Reply] = field(default_factory=list)
+    apart: Divergence | None = None
+    draws: Mapping[int, list[Reply]] = field(default_factory=dict)
+
+
+def converse(
+    policies: Policies,
+    *,
+    prompts: Prompts,
+    sampling: Sampling,
+    draws: int,
+    draw_rows: Container[int],
+) -> Said:
+    """Returns what both policies say.
 
     Args:
-        models: policies, reward model and the pretrained model.
+        policies: SFT and PPO.
         prompts: what this process replies to.
         sampling: seed, length limit and batch size; both policies get the same uniform numbers.
         draws: further SFT replies per prompt, for best-of-n.
         draw_rows: numbers of the prompts that get those further replies.
     """
     if not prompts.rows:
+        return Said(prompts=prompts)
+
+    def replies(policy: PreTrainedModel, some: Prompts, draw: int) -> list[Reply]:
+        return sample(
+            policy,
+            tokenizer=policies.tokenizer,
+            prompts=some.tokens,
+            rows=some.rows,
+            draw=draw,
+            sampling=sampling,
+        )
+
+    ppo = replies(policies.ppo, prompts, 0)
+    some = prompts.only(draw_rows)
+    further: dict[int, list[Reply]] = {row: [] for row in some.rows}
+    numbers = range(1, draws + 1) if some.rows else range(0)
+    for draw in progress(numbers, total=len(numbers), description="best-of-n"):
+        for row, reply in zip(some.rows, replies(policies.sft, some, draw), strict=True):
+            further[row].append(reply)
+    return Said(
+        prompts=prompts,
+        sft=replies(policies.sft, prompts, 0),
+        ppo=ppo,
+        apart=divergence(
+            policies.ppo,
+            reference=policies.sft,
+            prompts=prompts.tokens,
+            responses=[reply.tokens for reply in ppo],
+            batching=batching_of(policies.tokenizer, sampling),
+        ),
+        draws=further,
+    )
+
+
+def batching_of(tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Batching:
+    """Returns how rows are put together to be read, as many as were sampled together."""
+    return Batching(
+        pad_id=pad_id_of(tokenizer), batch_size=sampling.batch_size, workers=sampling.workers
+    )
+
+
+def surprises(pretrain: PreTrainedModel, said: Said, *, batching: Batching) -> list[list[float]]:
+    """Returns the nats in which the pretrained model reads each reply, of SFT and of PPO."""
+    return [
+        negative_log_likelihood(
+            pretrain,
+            prompts=said.prompts.tokens,
+            responses=[reply.tokens for reply in replies],
+            batching=batching,
+        ).tolist()
+        if replies
+        else []
+        for replies in (said.sft, said.ppo)
+    ]
+
+
+def judged(said: Said, *, nll: Sequence[list[float]], scorer: Scorer) -> list[Record]:
+    """Returns one record per prompt.
+
+    Args:
+        said: by both policies.
+        nll: of `surprises`.
+        scorer: normalised scores by the reward model, of rows in the policies' tokens.
+    """
+    if said.apart is None:
         return []
-    sft = _reply(models.sft, models=models, prompts=prompts, sampling=sampling, draw=0)
-    ppo = _reply(models.ppo, models=models, prompts=prompts, sampling=sampling, draw=0)
-    batching = Batching(
-        pad_id=pad_id_of(models.tokenizer),
-        batch_size=sampling.batch_size,
-        workers=sampling.workers,
+    prompts = said.prompts
+    sft, ppo = (
+        _with_scores(prompts.tokens, replies, nll=surprise, scorer=scorer)
+        for replies, surprise in zip((said.sft, said.ppo), nll, strict=True)
     )
-    apart = divergence(
-        models.ppo,
-        reference=models.sft,
-        prompts=prompts.tokens,
-        responses=[reply.tokens for reply in ppo],
-        batching=batching,
-    )
-    further = _draws(models, prompts=prompts, sampling=sampling, draws=draws, chosen=draw_rows)
+    draws = _drawn(said, scorer=scorer)
     columns = zip(
         prompts.rows,
         prompts.texts,
         prompts.groups,
-        _judged(models, prompts=prompts, replies=sft, batching=batching),
-        _judged(models, prompts=prompts, replies=ppo, batching=batching),
-        apart.kl.tolist(),
-        apart.k1.tolist(),
+        sft,
+        ppo,
+        said.apart.kl.tolist(),
+        said.apart.k1.tolist(),
         strict=True,
     )
     return [
@@ -100,43 +180,20 @@ def judge(
             ppo=ours,
             kl=kl,
             k1=k1,
-            draws=further.get(row, ()),
+            draws=draws.get(row, ()),
         )
         for row, text, group, theirs, ours, kl, k1 in columns
     ]
 
 
-def _reply(
-    policy: PreTrainedModel, *, models: Models, prompts: Prompts, sampling: Sampling, draw: int
-) -> list[Reply]:
-    return sample(
-        policy,
-        tokenizer=models.tokenizer,
-        prompts=prompts.tokens,
-        rows=prompts.rows,
-        draw=draw,
-        sampling=sampling,
-    )
-
-
-def _rewards(models: Models, *, prompts: Prompts, replies: Sequence[Reply]) -> list[float]:
-    return models.scorer(prompts.tokens, [reply.tokens for reply in replies]).tolist()
-
-
-def _judged(
-    models: Models, *, prompts: Prompts, replies: Sequence[Reply], batching: Batching
+def _with_scores(
+    prompts: Sequence[list[int]], replies: Sequence[Reply], *, nll: list[float], scorer: Scorer
 ) -> list[Judged]:
-    nll = negative_log_likelihood(
-        models.pretrain,
-        prompts=prompts.tokens,
-        responses=[reply.tokens for reply in replies],
-        batching=batching,
-    )
     columns = zip(
         replies,
         gold_scores([reply.text for reply in replies]),
-        _rewards(models, prompts=prompts, replies=replies),
-        nll.tolist(),
+        scorer(prompts, [reply.tokens for reply in replies]).tolist(),
+        nll,
         strict=True,
     )
     return [
@@ -152,19 +209,15 @@ def _judged(
     ]
 
 
-def _draws(
-    models: Models, *, prompts: Prompts, sampling: Sampling, draws: int, chosen: Container[int]
-) -> dict[int, tuple[Draw, ...]]:
-    """Returns the further SFT replies of each chosen row."""
-    some = prompts.only(chosen)
-    found: dict[int, list[Draw]] = {row: [] for row in some.rows}
-    if not some.rows or not draws:
-        return {}
-    for draw in progress(range(1, draws + 1), total=draws, description="best-of-n"):
-        replies = _reply(models.sft, models=models, prompts=some, sampling=sampling, draw=draw)
+def _drawn(said: Said, *, scorer: Scorer) -> dict[int, tuple[Draw, ...]]:
+    """Returns the further SFT replies of each chosen row; all first ones are scored together."""
+    tokens = dict(zip(said.prompts.rows, said.prompts.tokens, strict=True))
+    rows = list(said.draws)
+    found: dict[int, list[Draw]] = {row: [] for row in rows}
+    for replies in zip(*said.draws.values(), strict=True):
         texts = [reply.text for reply in replies]
-        rewards = _rewards(models, prompts=some, replies=replies)
-        columns = zip(some.rows, texts, gold_scores(texts), rewards, strict=True)
+        rewards = scorer([tokens[row] for row in rows], [reply.tokens for reply in replies])
+        columns = zip(rows, texts, gold_scores(texts), rewards.tolist(), strict=True)
         for row, text, gold, reward in columns:
             found[row].append(Draw(text=text, gold=gold, reward=reward))
-    return {row: tuple(values) for row, values in found.items()}
+    return {row: tuple(drawn) for row, drawn in found.items()}

@@ -166,22 +166,21 @@ class Loader:
 
     def set_constants(self, model: Any, reading: "Reading", *, name: str) -> None:
         """Measures the normalisation constants that a model's config.json does not have."""
-        from pipeline.reward.constants import set_constants
+        from pipeline.reward.constants import listen, set_constants
         from pipeline.reward.settings import Normalisation
         from pipeline.sharding import whole
 
         length = self.settings.max_response_tokens
         with whole(self.roles.reference) as sft:
-            set_constants(
-                model,
-                sft=sft,
-                prompts=self.prompts,
+            said = listen(
+                sft,
+                self.prompts,
                 tokenizer=self.words.tokenizer,
-                reading=reading,
                 normalisation=Normalisation(num_samples=NUM_SAMPLES, response_tokens=length),
                 max_length=sft.config.max_position_embeddings,
                 seed=self.settings.seed,
             )
+        set_constants(model, said, reading=reading)
         found = {"mean": model.config.reward_mean, "std": model.config.reward_std}
         self.measured[name] = found
         log.info(

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,34 +69,44 @@ def sample_replies(
     return chosen, [found[row] for row in range(num_samples)]
 
 
-def set_constants(
-    model: Any,
-    *,
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What the SFT model said, by whose scores others are normalised.
+
+    Attributes:
+        asked: prompts in tokens.
+        replies: one to each.
+        words: behind the tokens.
+    """
+
+    asked: list[list[int]]
+    replies: list[list[int]]
+    words: Words
+
+
+def listen(
     sft: Any,
     prompts: Sequence[Prompt],
+    *,
     tokenizer: "PreTrainedTokenizerFast",
-    reading: Reading,
     normalisation: Normalisation,
     max_length: int,
     seed: int,
-) -> list[dict[str, Any]]:
-    """Returns the SFT model's scored replies after setting the model's reward_mean and reward_std.
+) -> Said:
+    """Returns what the SFT model says, which is needed no longer then.
 
     Args:
-        model: sequence classifier.
         sft: causal LM that replies.
         prompts: of the training split.
         tokenizer: the SFT model's.
-        reading: how the model reads text.
         normalisation: how many replies, how long.
         max_length: prompts are left out that leave no room for a whole reply.
         seed: seed of the choice of prompts and of sampling.
 
     Raises:
-        UserError: all replies score the same, so there is nothing to divide by.
+        UserError: no prompt leaves room.
     """
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    words = Words.behind(tokens, prompts, tokenizer=tokenizer)
     asked, replies = sample_replies(
         sft,
         tokens,
@@ -105,22 +116,38 @@ def set_constants(
         max_length=max_length,
         seed=seed,
     )
+    words = Words.behind(tokens, prompts, tokenizer=tokenizer)
+    return Said(asked=asked, replies=replies, words=words)
+
+
+def set_constants(model: Any, said: Said, *, reading: Reading) -> list[dict[str, Any]]:
+    """Returns the SFT model's scored replies after setting the model's reward_mean and reward_std.
+
+    Args:
+        model: sequence classifier.
+        said: by the SFT model.
+        reading: how the model reads text.
+
+    Raises:
+        UserError: all replies score the same, so there is nothing to divide by.
+    """
     limit = context_of(model, reading.tokenizer)
     scores = raw_scores(
         model,
-        cut_to(reread(reading, words, asked, replies), limit=limit),
+        cut_to(reread(reading, said.words, said.asked, said.replies), limit=limit),
         pad_id=reading.tokenizer.pad_token_id,
         separator=reading.separator,
     )
     mean, std = score_constants(scores)
     model.config.reward_mean, model.config.reward_std = mean, std
+    tokenizer = said.words.tokenizer
     return [
         {
             "prompt": tokenizer.decode(prompt),
             "response": decode_response(tokenizer, reply),
             "score": (float(score) - mean) / std,
         }
-        for prompt, reply, score in zip(asked, replies, scores, strict=True)
+        for prompt, reply, score in zip(said.asked, said.replies, scores, strict=True)
     ]
 
 

@@ -1,5 +1,6 @@
 """The making of a reward model: what the stages reward and reward_guard share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from pipeline.checkpoint import StageRun
 from pipeline.data.formats import read_rows
 from pipeline.distributed import world_size
 from pipeline.errors import UserError
-from pipeline.fitting import fit, merge_adapter, save_model
+from pipeline.fitting import fit, merge_adapter, save_merged
 from pipeline.lora import quantisation, with_adapter
 from pipeline.models import choose_precision, load_causal_lm, load_tokenizer
 from pipeline.optim import build_optimizer
-from pipeline.reward.constants import set_constants
+from pipeline.reward.constants import listen, set_constants
 from pipeline.reward.data import (
     Encoded,
     RankingCollator,
@@ -39,8 +40,11 @@ from pipeline.storage import write_json
 from pipeline.training import row_order, trainer_arguments
 
 
-def make_reward_model(config: RewardConfig, stage: StageRun) -> None:
-    """Trains, normalises, judges and writes the reward model of a stage, and finishes it."""
+def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> None:
+    """Trains, normalises, judges and writes the reward model of a stage, and finishes it.
+
+    The SFT model replies at first, so that it is gone when the reward model is trained.
+    """
     data, sft = stage.parents["data"].path, stage.parents["sft"].path
     tokenizer = load_tokenizer(sft)
     reading: Reading = TokenReading(tokenizer)
@@ -48,20 +52,30 @@ def make_reward_model(config: RewardConfig, stage: StageRun) -> None:
         reading = load_reading(config.init_from)
     precision = choose_precision(config.training.precision)
     config.training.accumulation(world_size())
-    trainer, counts = train(
-        config, stage, data=data, sft=sft, reading=reading, bf16=precision == "bf16"
-    )
-    samples = set_constants(
-        trainer.model,
-        sft=load_causal_lm(sft).to(trainer.model.device),
-        prompts=[row["prompt"] for row in read_rows(data, "prompts", split="train")],
+    encoded = {
+        split: read_split(config, split, data=data, reading=reading)
+        for split in ("train", "validation")
+    }
+    rows = training_rows(config, encoded["train"])
+    said = listen(
+        load_causal_lm(sft, quantisation=quantisation(config.lora)).to(device),
+        [row["prompt"] for row in read_rows(data, "prompts", split="train")],
         tokenizer=tokenizer,
-        reading=reading,
         normalisation=config.normalisation,
         max_length=config.max_length,
         seed=config.seed,
     )
-    save_model(trainer, stage.path)
+    trainer, counts = train(
+        config,
+        stage,
+        encoded=encoded,
+        rows=rows,
+        sft=sft,
+        reading=reading,
+        bf16=precision == "bf16",
+    )
+    samples = set_constants(trainer.model, said, reading=reading)
+    save_merged(trainer, stage.path, load=lambda: untrained(config, sft, like=trainer.model))
     report = held_out_report(
         trainer.model,
         reading=reading,
@@ -186,6 +200,15 @@ def build_trainer(
     )
 
 
+def untrained(config: RewardConfig, sft: Path, *, like: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model that training began with, in full precision, with another's constants."""
+    origin, pad_id = config.init_from or sft, like.config.pad_token_id
+    model = reward_model_from(origin, pad_id=pad_id, seed=config.seed)
+    for name in ("reward_mean", "reward_std"):
+        setattr(model.config, name, getattr(like.config, name))
+    return model
+
+
 def validation_metrics(
     model: PreTrainedModel, encoded: Encoded, *, reading: Reading, min_gap: float
 ) -> dict[str, float]:
@@ -205,16 +228,24 @@ def train(
     config: RewardConfig,
     stage: StageRun,
     *,
-    data: Path,
+    encoded: Mapping[str, Encoded],
+    rows: list[dict[str, Any]],
     sft: Path,
     reading: Reading,
     bf16: bool,
 ) -> tuple[Trainer, dict[str, int | float]]:
-    """Returns the trainer after its last step, and how much it was trained on."""
-    training, validation = (
-        read_split(config, split, data=data, reading=reading) for split in ("train", "validation")
-    )
-    rows = training_rows(config, training)
+    """Returns the trainer after its last step, and how much it was trained on.
+
+    Args:
+        config: of the stage.
+        stage: its folder.
+        encoded: rankings of train and validation in tokens.
+        rows: those of train that are trained on.
+        sft: folder of the SFT model.
+        reading: how the model reads text.
+        bf16: whether passes are in bfloat16.
+    """
+    training, validation = encoded["train"], encoded["validation"]
     model = build_model(config, sft, reading=reading)
     trainer = build_trainer(config, model, rows, reading=reading, folder=stage.path, bf16=bf16)
     fit(
@@ -226,13 +257,8 @@ def train(
         training=config.training,
         tokens_per_step=sum(map(len, training.texts)) / len(rows) * config.training.minibatch_size,
     )
-    origin, pad_id = config.init_from or sft, reading.tokenizer.pad_token_id
-    merge_adapter(
-        trainer,
-        stage,
-        base=Path(origin),
-        load=lambda: reward_model_from(origin, pad_id=pad_id, seed=config.seed),
-    )
+    base, quantised = Path(config.init_from or sft), config.lora.quantise != "none"
+    merge_adapter(trainer, stage, base=base, quantised=quantised)
     packs = config.pack and not config.init_from
     return trainer, {
         "steps": trainer.state.global_step,

@@ -10,6 +10,9 @@ from pipeline.distributed import even_share, gather_objects
 from pipeline.errors import UserError
 from pipeline.models import by_length, whole_text_scores
 
+PASS_TOKENS = 2**14
+"""Most tokens of a forward pass over texts: 64 texts of 256, or 10 of 1,536."""
+
 
 def raw_scores(
     model: Any,
@@ -26,7 +29,8 @@ def raw_scores(
         sequences: token ids, EOS last.
         pad_id: token id of the padding.
         separator: token that ends the first segment of a pair; None without segments.
-        batch_size: texts of one forward pass; batches are cut in the order of length.
+        batch_size: texts of one forward pass, fewer where they are long; batches are cut in the
+            order of length.
 
     Raises:
         UserError: a score is not finite.
@@ -34,7 +38,9 @@ def raw_scores(
     was_training = model.training
     model.eval()
     found: dict[int, float] = {}
-    chunks = by_length([len(ids) for ids in sequences], batch_size=batch_size)
+    lengths = [len(ids) for ids in sequences]
+    few = max(1, PASS_TOKENS // max(lengths, default=1))
+    chunks = by_length(lengths, batch_size=min(batch_size, few))
     for chunk in even_share(chunks):
         texts = [sequences[index] for index in chunk]
         scores = whole_text_scores(

@@ -5,7 +5,7 @@ import pytest
 from pipeline.doctor.needs import Need, Peak, Planner
 from pipeline.errors import UserError
 from stages import doctor
-from stages.doctor import Config, machine_of, main, parse, stage_configs
+from stages.doctor import Config, machine_of, main, parse, recipe_of, stage_configs
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,25 @@ def test_what_does_not_fit_is_told_with_exit_code_1(monkeypatch, capsys):
     assert "NO  sft does not fit; no smaller batch helps (2.0 GB): divide the model" in told
 
 
-def test_a_recipe_fits_the_hardware_it_is_meant_for(capsys, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "devices", "device"),
+    [
+        ("qwen2.5-0.5b-hh", 1, "rtx4090"),
+        ("pythia-1b-tldr", 8, "a100"),
+        ("llama-3.1-8b-ultrafeedback", 8, "a100"),
+    ],
+)
+def test_a_recipe_fits_the_hardware_it_is_meant_for(capsys, monkeypatch, recipe, devices, device):
     monkeypatch.setattr("pipeline.doctor.recipe.config_folder", lambda init_from: None)
-    hardware = ["--devices=8", "--device=a100"]
-    code = doctor.main(["--recipe=pythia-1b-tldr", *hardware])
+    code = doctor.main([f"--recipe={recipe}", f"--devices={devices}", f"--device={device}"])
     assert code == 0, capsys.readouterr().out
+
+
+def test_what_the_70b_recipe_trains_fits_and_what_it_reads_whole_does_not():
+    config = Config(recipe="llama-3.1-70b", devices=32, device="a100")
+    recipe, machine = recipe_of(config), machine_of(config)
+    blueprint = recipe.blueprint(packs=False)
+    planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking)
+    fits = {s: planner.need(s, recipe.configs).fits for s in ("pretrain", "sft", "reward", "ppo")}
+    assert fits == {"pretrain": False, "sft": True, "reward": True, "ppo": True}

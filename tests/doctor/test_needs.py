@@ -7,11 +7,11 @@ import pytest
 from pipeline.doctor.blueprint import Blueprint
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
 from pipeline.doctor.mending import changes, mend
-from pipeline.doctor.needs import Need, Peak, Planner, reply_seconds
-from pipeline.doctor.rehearsal import Replies
-from pipeline.doctor.seen import Moment, Rehearsal
+from pipeline.doctor.needs import Need, Peak, Planner
+from pipeline.doctor.seen import Moment, Rehearsal, reply_seconds
 from pipeline.lora import LoRA
 from pipeline.training import Training
+from stages.evaluate import Config as EvaluateConfig
 from stages.ppo import Config as PPOConfig
 from stages.sft import Config as SFTConfig
 
@@ -72,7 +72,7 @@ def test_replies_take_a_step_a_token():
         "prefill": Moment(0.0, 3.0, 0.0), "first token": Moment(0.0, 1.0, 0.0),
         "last token": Moment(0.0, 2.0, 0.0),
     }  # fmt: skip
-    assert reply_seconds(moments, Replies(rows=1, prompt=4, response=11)) == 3 + 10 * 1.5
+    assert reply_seconds(moments, tokens=11) == 3 + 10 * 1.5
 
 
 def test_smaller_batches_are_tried_before_adapters():
@@ -108,6 +108,7 @@ def test_the_first_change_that_fits_is_told():
     [
         ("sft", SFTConfig(lora=LoRA(rank=4)), "divide the model over more GPUs"),
         ("ppo", PPOConfig(), "take a smaller model, or devices with more memory"),
+        ("evaluate", EvaluateConfig(), "on a processor: CUDA_VISIBLE_DEVICES= make evaluate"),
     ],
 )
 def test_where_nothing_helps_something_else_is_told(stage, config, words):

@@ -9,11 +9,12 @@ from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.ledger import Ledger
 from pipeline.doctor.machine import Rates
 from pipeline.doctor.rehearsal import (
+    Passes,
     Replies,
     rankings,
-    rehearse_evaluation,
     rehearse_generation,
     rehearse_language_model,
+    rehearse_policies,
     rehearse_ppo,
     rehearse_reward,
     training_rows,
@@ -48,12 +49,13 @@ def ledger() -> Ledger:
 
 
 NO_LORA = LoRA()
+PLAIN = Passes()
 
 
-def language_model(blueprint, lora=NO_LORA, **more):
+def language_model(blueprint, lora=NO_LORA, passes=PLAIN):
     batch = training_rows(2, 16)
     return rehearse_language_model(
-        blueprint, ledger(), training=TRAINING, lora=lora, batch=batch, bf16=False, **more
+        blueprint, ledger(), training=TRAINING, lora=lora, batch=batch, passes=passes
     )
 
 
@@ -73,9 +75,9 @@ def test_a_language_model_is_four_copies_of_its_weights_and_what_a_pass_holds():
     assert seen.moments["pass"].flops == pytest.approx(flops, rel=0.01)
 
 
-def test_two_depths_say_what_three_layers_take():
-    one, two = (language_model(BLUEPRINT.of_depth(depth)) for depth in (1, 2))
-    drawn, direct = one.at(3, two), language_model(BLUEPRINT)
+def test_two_depths_say_what_five_layers_take():
+    two, three, direct = (language_model(BLUEPRINT.of_depth(depth)) for depth in (2, 3, 5))
+    drawn = two.at(5, three)
     assert drawn.weights == direct.weights
     assert drawn.optimizer == direct.optimizer
     for name, moment in direct.moments.items():
@@ -96,7 +98,9 @@ def test_adapters_train_little_and_four_bits_weigh_an_eighth():
 
 
 def test_gradients_that_are_there_already_count():
-    fresh, added = (language_model(BLUEPRINT, adds_up=adds) for adds in (False, True))
+    fresh, added = (
+        language_model(BLUEPRINT, passes=Passes(adds_up=adds)) for adds in (False, True)
+    )
     assert added.moments["pass"].most > fresh.moments["pass"].most
 
 
@@ -104,7 +108,7 @@ def test_gradients_that_are_there_already_count():
 def test_reward_scores_every_text_of_a_ranking(packed):
     batch = rankings(rows=1, texts=6, prompt=4, length=12, packed=packed)
     seen = rehearse_reward(
-        BLUEPRINT, ledger(), training=TRAINING, lora=LoRA(), batch=batch, dropout=0.1, bf16=False
+        BLUEPRINT, ledger(), training=TRAINING, lora=LoRA(), batch=batch, dropout=0.1, passes=PLAIN
     )
     body = 3 * LAYER + WORDS * WIDTH + WIDTH
     assert seen.gradients == 4 * (body + WIDTH)
@@ -160,14 +164,21 @@ def test_bfloat16_holds_other_copies_of_the_weights():
     assert ppo("separate", "bf16").moments["prefill"].most > ppo("separate").moments["prefill"].most
 
 
-def test_evaluation_holds_four_models_and_two_distributions():
-    seen = rehearse_evaluation(
-        BLUEPRINT.of_depth(1), ledger(), Replies(rows=4, prompt=8, response=6)
-    )
-    whole, scorer = 4 * (LAYER + OUTSIDE), 4 * (LAYER + WORDS * WIDTH + WIDTH + WIDTH)
-    assert seen.weights == 3 * whole + scorer + 4 * BUFFERS
+def test_evaluation_holds_two_models_and_two_distributions():
+    seen = rehearse_policies(BLUEPRINT.of_depth(1), ledger(), Replies(rows=4, prompt=8, response=6))
+    assert seen.weights == 2 * 4 * (LAYER + OUTSIDE) + 2 * BUFFERS
     both = 2 * 4 * 6 * WORDS * 4  # log-probabilities of all words at every reply token, twice
     assert seen.moments["divergence"].most > seen.weights + both
+
+
+def test_a_long_prompt_keeps_its_cache_alone_in_every_layer():
+    replies = Replies(rows=4, prompt=40, response=2)
+    two, three, six = (
+        rehearse_generation(BLUEPRINT.of_depth(depth), ledger(), replies) for depth in (2, 3, 6)
+    )
+    most = [seen.moments["prefill"].most - seen.weights for seen in (two, three, six)]
+    assert most[1] - most[0] == 2 * 4 * 40 * WIDTH * 4  # keys and values
+    assert two.at(6, three).moments["prefill"].most - six.weights == most[2]
 
 
 def test_the_real_pass_holds_what_the_rehearsal_says():
@@ -184,3 +195,66 @@ def test_the_real_pass_holds_what_the_rehearsal_says():
     seen = language_model(BLUEPRINT)
     assert seen.gradients == sum(p.grad.nbytes for p in model.parameters())
     assert seen.optimizer == sum(value.nbytes for value in state if torch.is_tensor(value))
+
+
+LONG = 48
+"""Tokens of rows whose activations outweigh the head's."""
+
+
+def long_pass(layers, *, recomputes):
+    return rehearse_language_model(
+        BLUEPRINT.of_depth(layers),
+        ledger(),
+        training=TRAINING,
+        lora=NO_LORA,
+        batch=training_rows(4, LONG),
+        passes=Passes(recomputes=recomputes),
+    ).moments["pass"]
+
+
+def test_layers_that_are_computed_again_keep_their_inputs_alone():
+    kept, again = ([long_pass(n, recomputes=again) for n in (4, 5)] for again in (False, True))
+    state = 4 * 4 * LONG * WIDTH  # bytes of one hidden state
+    weights = 4 * 4 * LAYER  # a layer's weights, gradients and moments
+    assert again[1].most - again[0].most - weights == pytest.approx(state, rel=0.02)
+    assert kept[1].most - kept[0].most - weights > 10 * state
+    # a layer goes forward once more, up to its last product, of which nothing is kept
+    products = 2 * (LAYER - 2 * WIDTH - WIDTH * INNER) * 4 * LONG
+    attention = 2 * 2 * 4 * HEADS * LONG * LONG * (WIDTH // HEADS)
+    assert again[1].flops - kept[1].flops == pytest.approx(5 * (products + attention), rel=0.02)
+
+
+def test_two_depths_say_what_recomputed_layers_take():
+    two, three, five = (
+        rehearse_reward(
+            BLUEPRINT.of_depth(depth),
+            ledger(),
+            training=TRAINING,
+            lora=LoRA(rank=2),
+            batch=rankings(rows=2, texts=2, prompt=8, length=LONG, packed=False),
+            dropout=0.0,
+            passes=Passes(recomputes=True),
+        )
+        for depth in (2, 3, 5)
+    )
+    assert two.at(5, three).moments["pass"].most == pytest.approx(
+        five.moments["pass"].most, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("roles", ["separate", "trunk", "lora"])
+def test_roles_that_are_computed_again_take_less_and_longer(roles):
+    kept, again = (
+        rehearse_ppo(
+            BLUEPRINT.of_depth(4),
+            ledger(),
+            settings=settings(),
+            roles=roles,
+            loras=(LoRA(rank=2), LoRA(rank=2)),
+            replies=Replies(rows=4, prompt=24, response=24),
+            recomputes=recomputes,
+        ).moments["optimise"]
+        for recomputes in (False, True)
+    )
+    assert again.most < kept.most
+    assert again.flops > 1.2 * kept.flops

@@ -22,7 +22,7 @@ def text(tmp_path):
 
 
 def test_a_policy_that_forgot_everything_has_the_vocabulary_as_perplexity(text, monkeypatch):
-    monkeypatch.setattr(module, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(module, "ROWS", 2)
     tokenizer = train_tokenizer(["how are you"] * 5, vocabulary_size=270)
     size = len(tokenizer)
     sft, blank = tiny_llama(vocabulary=size), tiny_llama(vocabulary=size, seed=1)
@@ -52,3 +52,9 @@ def test_all_rows_are_read_where_there_are_fewer_than_asked_for(text):
 def test_a_run_without_text_has_none(tmp_path):
     settings = {"tokenizer": None, "length": 16, "num_rows": 5}
     assert alignment_tax(None, None, text=tmp_path / "missing.parquet", **settings) is None
+
+
+def test_rows_of_many_words_are_read_few_at_a_time():
+    assert module.rows_per_pass(96, vocabulary=8192) == 8
+    assert module.rows_per_pass(1536, vocabulary=128_256) == 2  # 394 million logits
+    assert module.rows_per_pass(10**6, vocabulary=10**6) == 1

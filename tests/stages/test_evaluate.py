@@ -162,15 +162,15 @@ def test_a_data_folder_without_test_prompts_is_refused(chain, tmp_path):
 
 def test_another_tokenizer_is_refused(chain, tmp_path, caplog):
     from pipeline.errors import UserError
+    from pipeline.evaluation.loading import read_tokenizers
     from pipeline.tokenizer import train_tokenizer
-    from stages.evaluate import PARENTS, held_out_prompts, load_models
+    from stages.evaluate import PARENTS
 
     run = copy(chain, tmp_path)
     parents = {name: open_artifact(run / name, kind=kind) for name, kind in PARENTS.items()}
-    prompts, _ = held_out_prompts(parents, num_prompts=1)
     train_tokenizer(["quite other words"] * 3, vocabulary_size=290).save_pretrained(run / "reward")
     with pytest.raises(UserError, match=r"reward has another tokenizer than .*sft"):
-        load_models(parents, prompts, device="cpu", batch_size=8)
+        read_tokenizers(parents)
 
 
 def test_generation_in_bulk_needs_no_run(tmp_path, caplog):

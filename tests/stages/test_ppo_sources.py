@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint import open_artifact
+from pipeline.evaluation.loading import load_scorer, read_tokenizers
 from pipeline.models import load_reward_model, load_tokenizer
 from pipeline.storage import read_jsonl, sha256_file
 from pipeline.tokenizer import encode_response, train_tokenizer
@@ -163,7 +164,10 @@ def test_an_encoder_is_trained_on_the_rankings_and_rewards_ppo(run_dir, tmp_path
     parents = {name: open_artifact(run_dir / name, kind=kind) for name, kind in kinds.items()}
     parents["pretrain"] = parents["sft"]
     prompts, _ = evaluate.held_out_prompts(parents, num_prompts=2)
-    models, reading = evaluate.load_models(parents, prompts, device="cpu", batch_size=4)
+    _, reading = read_tokenizers(parents)
+    _, scorer = load_scorer(
+        parents["reward"], prompts, reading=reading, tokenizer=ours, device="cpu", batch_size=4
+    )
     assert reading.separator is not None
     replies = [encode_response(ours, "fine"), encode_response(ours, "thanks")]
     expected = [
@@ -173,7 +177,7 @@ def test_an_encoder_is_trained_on_the_rankings_and_rewards_ppo(run_dir, tmp_path
     raw = [float(model.eval()(**pair).logits.detach()) for pair in expected]
     std = model.config.reward_std  # small after three steps, so that rounding looks large
     normal = [(one - model.config.reward_mean) / std for one in raw]
-    assert models.scorer(prompts.tokens, replies).tolist() == pytest.approx(normal, abs=1e-5 / std)
+    assert scorer(prompts.tokens, replies).tolist() == pytest.approx(normal, abs=1e-5 / std)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""What code does by the device that it is on: fake tensors are on none."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from pipeline import logprobs, sizes
+from pipeline.doctor.ledger import Ledger
+from pipeline.ppo import rollout
+
+
+@contextlib.contextmanager
+def ways_of(ledger: Ledger, *, is_gpu: bool) -> Iterator[None]:
+    """Lets code do as it does on a device.
+
+    On a processor blocks of rows follow one another, alike: the first is worked on and counts for
+    all. On a GPU all rows are worked on together, sizes are not rounded up, and no weights are kept
+    in bfloat16 while a model decodes.
+
+    Args:
+        ledger: that counts.
+        is_gpu: which device.
+    """
+    with contextlib.ExitStack() as stack:
+        if not is_gpu:
+            blocks = logprobs.blocks
+            stack.enter_context(
+                patch.object(logprobs, "blocks", lambda rows: ledger.once_for_all(blocks(rows)))
+            )
+        else:
+            for module, name, way in (
+                (logprobs, "blocks", _all_rows),
+                (sizes, "rounded", _as_it_is),
+                (rollout, "narrowed", contextlib.nullcontext),
+                (rollout, "PIECE_NUMBERS", EVERYTHING),
+            ):
+                stack.enter_context(patch.object(module, name, way))
+        yield
+
+
+EVERYTHING = 2**62
+"""More numbers than any tensor has."""
+
+
+def _all_rows(logits: Tensor) -> Iterator[slice]:
+    yield slice(0, len(logits))
+
+
+def _as_it_is(count: int, **_: Any) -> int:
+    return count
