@@ -183,7 +183,7 @@ crash-test: $(venv) ## kill STAGES at random instants, run them again, compare e
 	@$(PYTHON) -m benchmarks.crash --kills=$(KILLS) --seed=$(SEED) --stages $(STAGES) $(ARGS)
 
 fuzz: $(venv) ## feed the readers of files and settings EXAMPLES of anything, new ones every time
-	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist=loadfile tests/fuzz $(ARGS)
+	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/fuzz $(ARGS)
 
 gpu-check: $(venv) ## run the tests that need a GPU
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.cleaning import clean, tidy
+from pipeline.data.cleaning import tidy
 from pipeline.data.tables import FORMS, Row, parquet_rows, stage_rows
 from pipeline.errors import UserError
 
