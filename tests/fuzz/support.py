@@ -1,7 +1,8 @@
 """What the fuzzers share: how hard they run, strange values, and what may come of bad input.
 
 `make fuzz` sets FUZZ_EXAMPLES and runs them hard, with new examples every time; without it each
-draws its few examples from a fixed seed. One process: what two send each other cannot spell half a sign.
+draws its few examples from a fixed seed. They run in one process, for what pytest's send each
+other must not hold half a sign.
 """
 
 import copy
