@@ -1,4 +1,6 @@
-"""What each saving is worth: one thread's passes of workload S, with it and without it in turn.
+"""What each saving is worth, and where the time goes: one thread's passes of workload S.
+
+Passes with a saving and without it are run in turn, then a profiler tells operations apart.
 
 Milliseconds are the thread's own, so that other work on the machine lengthens them little.
 
@@ -28,6 +30,8 @@ from pipeline.ppo.rollout import Sampled, generate, uniforms
 TURNS = 4
 ROWS = 16
 RESPONSES = 32
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
+"""Names of matrix products in a profile."""
 
 
 @contextlib.contextmanager
@@ -97,13 +101,16 @@ def training(trainer: Replaying, kind: str, *, microbatch: int) -> dict[str, Cal
 
 
 def decoding(trainer: Replaying, precision: str) -> dict[str, Callable[[], Any]]:
-    """Returns generations: as it is, and with weights that are cast at every step."""
+    """Returns generations by a frozen model, as below adapters: as it is, and cast at every step.
+
+    Weights that are trained autocast would keep by itself, a copy in each thread.
+    """
     numbers = uniforms(0, update=0, rows=range(RESPONSES), positions=64)
 
     def run() -> None:
         with precision_context(precision, torch.device("cpu")):
             generate(
-                trainer.roles.policy, trainer.prompts[:RESPONSES], uniforms=numbers,
+                trainer.roles.reference, trainer.prompts[:RESPONSES], uniforms=numbers,
                 eos_id=trainer.eos_id, pad_id=trainer.pad_id,
             )  # fmt: skip
 
@@ -114,8 +121,20 @@ def decoding(trainer: Replaying, precision: str) -> dict[str, Callable[[], Any]]
     return {"now": run, "cast every step": cast}
 
 
+def shares(run: Callable[[], Any]) -> str:
+    """Returns the shares of time in matrix products, in attention, and in all else."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    taken = {"products": 0.0, "attention": 0.0, "else": 0.0}
+    for operation in profiler.key_averages():
+        attends = "scaled_dot_product" in operation.key
+        kind = "products" if operation.key in PRODUCTS else "attention" if attends else "else"
+        taken[kind] += operation.self_cpu_time_total
+    return " | ".join(f"{part / sum(taken.values()):.0%}" for part in taken.values())
+
+
 def main() -> None:
-    """Prints smallest and median milliseconds of a thread."""
+    """Prints smallest and median milliseconds of a thread, and the shares of operations."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -133,6 +152,11 @@ def main() -> None:
     sys.stdout.write("\n| decoding | now | cast every step |\n|---|---|---|\n")
     for precision, trainer in trainers.items():
         sys.stdout.write(f"| {precision} | {timed(decoding(trainer, precision))} |\n")
+    sys.stdout.write("\n| share | products | attention | all else |\n|---|---|---|---|\n")
+    for precision, trainer in trainers.items():
+        whole = {kind: training(trainer, kind, microbatch=ROWS) for kind in ("policy", "value")}
+        for name, runs in (*whole.items(), ("decoding", decoding(trainer, precision))):
+            sys.stdout.write(f"| {precision} {name} | {shares(runs['now'])} |\n")
 
 
 if __name__ == "__main__":

@@ -121,15 +121,14 @@ class FiniteGradients(TrainerCallback):
         sums = {name: weight.grad.sum() for name, weight in named if weight.grad is not None}
         if not sums or torch.isfinite(functools.reduce(torch.add, sums.values())):
             return
-        first = next(
-            (name for name, total in sums.items() if not torch.isfinite(total)), "their sum"
-        )
-        raise UserError(
-            f"the loss or its gradient is not finite at step {state.global_step + 1} on "
-            f"rank {rank()} (first seen in {first}); the weights were not moved. Lower "
-            f"training.learning_rate, lengthen training.warmup_steps, or set "
-            f"training.precision to fp32"
-        )
+        for name, total in sums.items():
+            if not torch.isfinite(total):
+                raise UserError(
+                    f"the loss or its gradient is not finite at step {state.global_step + 1} on "
+                    f"rank {rank()} (first seen in {name}); the weights were not moved. Lower "
+                    f"training.learning_rate, lengthen training.warmup_steps, or set "
+                    f"training.precision to fp32"
+                )
 
 
 class ResumePoints(TrainerCallback):

@@ -1,4 +1,8 @@
-"""Weights in bfloat16 while a model decodes: autocast would make them so at every step."""
+"""Weights in bfloat16 while a model decodes: one copy for all steps and threads.
+
+Autocast would cast frozen weights, as below adapters, at every step, and keep a copy of trained
+ones in each thread.
+"""
 
 import contextlib
 from collections.abc import Iterator

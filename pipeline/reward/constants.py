@@ -70,7 +70,7 @@ def sample_replies(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class Replies:
     """What the SFT model said, by whose scores others are normalised.
 
     Attributes:
@@ -92,7 +92,7 @@ def listen(
     normalisation: Normalisation,
     max_length: int,
     seed: int,
-) -> Said:
+) -> Replies:
     """Returns what the SFT model says, which is needed no longer then.
 
     Args:
@@ -117,10 +117,10 @@ def listen(
         seed=seed,
     )
     words = Words.behind(tokens, prompts, tokenizer=tokenizer)
-    return Said(asked=asked, replies=replies, words=words)
+    return Replies(asked=asked, replies=replies, words=words)
 
 
-def set_constants(model: Any, said: Said, *, reading: Reading) -> list[dict[str, Any]]:
+def set_constants(model: Any, said: Replies, *, reading: Reading) -> list[dict[str, Any]]:
     """Returns the SFT model's scored replies after setting the model's reward_mean and reward_std.
 
     Args:

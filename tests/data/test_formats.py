@@ -21,6 +21,12 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1, -1]}
             {"messages": [USER, ASSISTANT], "group": "7"},
         ),
         ("prompts", {"prompt": "p"}, {"prompt": "p", "group": "p"}),
+        ("prompts", {"prompt": "&amp;lt;"}, {"prompt": "&amp;lt;", "group": "&amp;lt;"}),
+        (
+            "prompts",
+            {"prompt": "p", "group": "&amp;lt;"},
+            {"prompt": "p", "group": "&amp;lt;"},
+        ),
         (
             "instructions",
             {"prompt": "p", "completion": "c"},

@@ -90,6 +90,7 @@ def test_a_recipe_fits_the_hardware_it_is_meant_for(capsys, monkeypatch, recipe,
     assert code == 0, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_the_70b_recipe_trains_fits_and_what_it_reads_whole_does_not():
     config = Config(recipe="llama-3.1-70b", devices=32, device="a100")
     recipe, machine = recipe_of(config), machine_of(config)
