@@ -15,6 +15,7 @@ from pipeline.models import by_length
 from pipeline.narrow import narrowed
 from pipeline.parallel import side_by_side
 from pipeline.ppo.cache import make_room
+from pipeline.ppo.graphs import StaticSteps, can_keep_one_shape, prefers_one_shape
 from pipeline.sizes import ROWS, rounded
 
 ENGINE_LOGPROBS = "engine_logprobs"
@@ -24,6 +25,8 @@ PIECE_NUMBERS = 2**17
 allocator's, which returns larger ones to the system every time (a fifth of the time is left)."""
 COMPACT_AT = 0.75
 """Finished rows leave the batch once no more than this share of it is still being generated."""
+RECAPTURE_AT = 0.5
+"""The same where steps keep one shape: fewer rows then mean another CUDA graph."""
 
 
 def uniforms(
@@ -160,6 +163,7 @@ class _Decoding:
         self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
         self.active = torch.arange(len(prompts), device=model.device)
         self.cache: Any = None
+        self.steps: StaticSteps | None = None
 
     def run(
         self, uniforms: Float[Tensor, "row position"], *, temperature: float, eos_id: int
@@ -173,7 +177,7 @@ class _Decoding:
         for position in range(budget):
             logits = self._step()
             if position == 0:
-                make_room(self.cache, positions=budget - 1)
+                self._make_room(budget - 1)
             drawn, logprobs, entropy = sample_tokens(
                 logits, uniforms[self.active, position], temperature=temperature
             )
@@ -196,7 +200,22 @@ class _Decoding:
         responses = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
         return Sampled(responses, {name: cut(table) for name, table in figures.items()})
 
+    def _make_room(self, positions: int) -> None:
+        """Prepares the cache for what is still to come."""
+        if not (prefers_one_shape(self.model) and can_keep_one_shape(self.model, self.cache)):
+            make_room(self.cache, positions=positions)
+            return
+        self.steps = StaticSteps(
+            self.model,
+            self.cache,
+            mask=self.mask,
+            positions=self.positions[:, -1:],
+            room=positions,
+        )
+
     def _step(self) -> Float[Tensor, "batch vocabulary"]:
+        if self.steps is not None:
+            return self.steps.step(self.ids)
         output = self.model(
             input_ids=self.ids,
             attention_mask=self.mask,
@@ -215,9 +234,15 @@ class _Decoding:
         self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         room = rounded(int(going.sum()), multiple=ROWS)
-        if room <= COMPACT_AT * len(going):
-            keep = going.int().argsort(descending=True, stable=True)[:room].sort().values
-            self.cache.batch_select_indices(keep)
-            self.active = self.active[keep]
-            self.ids, self.positions = self.ids[keep], self.positions[keep]
-            self.mask = self.mask[keep]
+        if room <= (RECAPTURE_AT if self.steps else COMPACT_AT) * len(going):
+            self._keep(going.int().argsort(descending=True, stable=True)[:room].sort().values)
+
+    def _keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keeps these rows of the batch only."""
+        if self.steps is None:
+            self.cache.batch_select_indices(rows)
+        else:
+            self.steps.select(rows)
+        self.active = self.active[rows]
+        self.ids, self.positions = self.ids[rows], self.positions[rows]
+        self.mask = self.mask[rows]
