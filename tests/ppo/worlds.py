@@ -97,6 +97,7 @@ def trainer(
     text: torch.Tensor | None = None,
     sharing: str = "separate",
     packed: bool = False,
+    device: str = "cpu",
     **changes: Any,
 ) -> PPOTrainer:
     """A trainer of tiny models; the policy starts as a copy of the reference.
@@ -105,9 +106,9 @@ def trainer(
     """
     chosen = settings(**changes)
     if sharing == "lora":
-        roles = roles_on_one_base(double=double)
+        roles = roles_on_one_base(double=double, device=device)
     else:
-        reference, reward = tiny_llama(), tiny_reward_model()
+        reference, reward = tiny_llama().to(device), tiny_reward_model().to(device)
         if double:
             reference, reward = reference.double(), reward.double()
         if packed:
@@ -121,7 +122,7 @@ def trainer(
         roles,
         PROMPTS,
         settings=chosen,
-        accelerator=Accelerator(cpu=True),
+        accelerator=Accelerator(cpu=device == "cpu"),
         eos_id=EOS,
         pad_id=PAD,
         text=text,
@@ -155,10 +156,10 @@ def disturb(adapted: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
 
 
-def roles_on_one_base(*, double: bool) -> Roles:
+def roles_on_one_base(*, double: bool, device: str = "cpu") -> Roles:
     """Four roles on the frozen sft of `parents`."""
     sft, reward = parents() / "sft", parents() / "reward"
-    roles = share_base(sft, reward, lora=LoRA(rank=4), seed=3, device="cpu", critic=True)
+    roles = share_base(sft, reward, lora=LoRA(rank=4), seed=3, device=device, critic=True)
     if double:
         for module in (roles.policy.base.model, roles.reward_model.score, roles.value.score):
             module.double()
