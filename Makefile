@@ -49,8 +49,8 @@ $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all $(STAGES) $(OPTIONAL) slurm seeds lineage doctor chat dashboard install test check format bench crash-test \
-	fuzz gpu-check help always
+.PHONY: all $(STAGES) $(OPTIONAL) slurm seeds lineage doctor chat dashboard install test check format bench \
+	bench-quality crash-test fuzz gpu-check help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
@@ -172,6 +172,9 @@ format: $(venv) ## format the code and mend what the linter can
 
 bench: $(venv) .venv-trl/installed ## time PPO beside TRL's last PPO trainer, and write the table
 	$(PYTHON) -m benchmarks.versus_trl --peer=.venv-trl/bin/python $(ARGS)
+
+bench-quality: $(RUN)/reward/manifest.json .venv-trl/installed ## time PPO to a given quality beside TRL's, three seeds
+	$(PYTHON) -m benchmarks.time_to_quality --peer=.venv-trl/bin/python --recipe=$(RECIPE) --run=$(RUN) $(ARGS)
 
 .venv-trl/installed: constraints.txt | $(venv)
 	$(PYTHON) -m venv .venv-trl

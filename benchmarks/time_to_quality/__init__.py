@@ -1,0 +1,1 @@
+"""How soon our PPO and TRL's make a policy of a given quality, from the same two models."""
