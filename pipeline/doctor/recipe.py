@@ -17,7 +17,8 @@ from pipeline.pretrained import from_pretrained
 
 PATIENCE = 3.0
 """Seconds that the hub has to answer for a model's config.json."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
+"""A model on the hub, and the commit that is meant, if any."""
 PAIR = 2
 """Texts of a ranking that is a pair."""
 
@@ -111,15 +112,19 @@ def config_folder(init_from: str) -> Path | None:
     """
     if (Path(init_from or "-") / "config.json").is_file():
         return Path(init_from)
-    if not HUB_ID.fullmatch(init_from) or init_from.endswith(".gguf"):
+    found = HUB_ID.fullmatch(init_from)
+    if found is None or init_from.endswith(".gguf"):
         return None
+    repository, commit = found.groups()
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    known = try_to_load_from_cache(init_from, "config.json")
+    known = try_to_load_from_cache(repository, "config.json", revision=commit)
     if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
         with contextlib.suppress(OSError, ValueError):  # no network, no such model, no permission
             _knock(constants.ENDPOINT)
-            known = hf_hub_download(init_from, "config.json", etag_timeout=PATIENCE)
+            known = hf_hub_download(
+                repository, "config.json", revision=commit, etag_timeout=PATIENCE
+            )
     return Path(known).parent if isinstance(known, str) else None
 
 

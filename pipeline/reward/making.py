@@ -14,6 +14,7 @@ from pipeline.fitting import fit, merge_adapter, save_merged
 from pipeline.lora import quantisation, with_adapter
 from pipeline.models import choose_precision, load_causal_lm, load_tokenizer
 from pipeline.optim import build_optimizer
+from pipeline.origin import origin_commit
 from pipeline.reward.constants import listen, set_constants
 from pipeline.reward.data import (
     Encoded,
@@ -92,7 +93,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
     summary = summarise(report, trainer.model.config, counts)
     stage.finish(
         headline(summary),
-        chosen={"precision": precision},
+        chosen={"precision": precision, **origin_commit(config.init_from)},
         summary=summary,
         card=card(summary, report),
     )

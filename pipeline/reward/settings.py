@@ -35,8 +35,8 @@ class RewardConfig(TrainingConfig):
     row_type: str = "preferences"
     """Rows that are trained on: preferences or guard_preferences."""
     init_from: str = ""
-    """Model folder or hub id to start from with its own tokenizer, an encoder (BERT) perhaps; the
-    stage sft and its tokenizer when empty."""
+    """Model to start from with its own tokenizer, an encoder (BERT) perhaps: folder, or hub id
+    (`owner/name@commit` pins it); the stage sft and its tokenizer when empty."""
     pack: bool = True
     """Texts of a ranking stand side by side in rows that begin with their prompt, each seeing that
     and itself; false reads every text by itself, as models of `init_from` always do, and as those

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from pipeline.doctor import checks, recipe
@@ -191,6 +192,18 @@ def test_an_unknown_architecture_is_refused():
 @pytest.mark.parametrize("init_from", ["", "package:a==1/b.gguf", "model.gguf", "/none/of/it"])
 def test_what_is_no_model_on_the_hub_is_not_asked_for(init_from):
     assert recipe.config_folder(init_from) is None
+
+
+def test_a_pinned_models_configuration_is_looked_for_at_its_commit(monkeypatch, tmp_path):
+    asked = []
+
+    def cached(*words, **more):
+        asked.append((*words, more))
+        return str(tmp_path / "config.json")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert recipe.config_folder("owner/pinned@0123abc") == tmp_path
+    assert asked == [("owner/pinned", "config.json", {"revision": "0123abc"})]
 
 
 def test_the_vocabulary_is_the_tokenizers_or_the_most_it_may_have(run):

@@ -9,20 +9,22 @@ import pytest
 from pipeline import pretrained
 from pipeline.errors import UserError
 from pipeline.models import load_causal_lm, load_tokenizer
+from pipeline.origin import origin_commit
+from pipeline.pretrained import commit_of
 from tests.evaluation.fakes import save_language_model
 from tests.security.plants import change, plant_code, plant_torch
 
-NAME = "owner/name"
+NAME, COMMIT = "owner/name", "0123abc"
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A model as it lies on the hub; `fetched` gets the files that are asked for."""
-    source, cache = save_language_model(tmp_path / "hub"), tmp_path / "cache"
+    source, cache = save_language_model(tmp_path / "hub"), tmp_path / "snapshots" / COMMIT
 
-    def snapshot_download(name, *, allow_patterns):
-        assert name == NAME
-        cache.mkdir(exist_ok=True)
+    def snapshot_download(name, *, revision, allow_patterns):
+        assert (name, revision) in ((NAME, None), (NAME, COMMIT))
+        cache.mkdir(parents=True, exist_ok=True)
         for path in source.rglob("*"):
             inner = path.relative_to(source)
             if path.is_file() and any(fnmatch.fnmatch(str(inner), one) for one in allow_patterns):
@@ -38,7 +40,19 @@ def hub(tmp_path, monkeypatch):
 
 
 def fetched(hub):
-    return {path.name for path in (hub.parent / "cache").iterdir()}
+    return {path.name for path in (hub.parent / "snapshots" / COMMIT).iterdir()}
+
+
+def test_a_commit_pins_the_model_and_is_told(hub):
+    pinned = f"{NAME}@{COMMIT}"
+    assert load_causal_lm(pinned).num_parameters() > 0
+    for name in (pinned, NAME):
+        assert commit_of(name) == COMMIT
+        assert origin_commit(name) == {"init_from_commit": COMMIT}
+    assert commit_of(hub) is None
+    assert origin_commit(str(hub)) == origin_commit("") == {}
+    with pytest.raises(UserError, match="owner/name@another"):
+        load_causal_lm(f"{NAME}@another")
 
 
 def test_weights_and_tokenizer_come_and_nothing_else(hub):
