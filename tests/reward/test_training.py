@@ -33,6 +33,7 @@ def row(seed: int, *, num_texts: int) -> dict[str, object]:
         for _ in range(num_texts)
     ]
     ranking = Ranking(
+        scale="g",
         group="g",
         set="s",
         prompts=["p"] * num_texts,
@@ -232,7 +233,7 @@ def test_the_bag_of_words_learns_which_words_are_good():
     scores = bag_of_words_scores(
         texts,
         ratings=np.array([1.0, 1.0, -1.0, -1.0] * 4),
-        groups=["s"] * 16,
+        scales=["s"] * 16,
         held_out=["a good one", "a bad one", "unknown"],
         min_gap=0.5,
         seed=0,
@@ -242,11 +243,11 @@ def test_the_bag_of_words_learns_which_words_are_good():
 
 
 def test_the_bag_of_words_needs_comparable_texts():
-    arguments = {"groups": ["a", "b"], "held_out": ["x"], "min_gap": 0.5, "seed": 0}
+    arguments = {"scales": ["a", "b"], "held_out": ["x"], "min_gap": 0.5, "seed": 0}
     assert bag_of_words_scores(["x", "y"], ratings=np.array([0.0, 1.0]), **arguments) is None
 
 
-def test_sampled_pairs_stay_within_groups_and_gap():
+def test_sampled_pairs_stay_within_scales_and_gap():
     ratings = np.array([0.0, 1.0, 0.1, 5.0, 5.2])
     better, worse = sampled_pairs(ratings, ["a", "a", "b", "b", "a"], min_gap=0.5, seed=0)
     assert set(zip(better.tolist(), worse.tolist(), strict=True)) == {
