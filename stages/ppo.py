@@ -250,7 +250,7 @@ def build_trainer(
             [text for prompts in splits.values() for text in prompts.texts],
             tokenizer=tokenizer,
         ),
-        prompts=splits["train"].texts,
+        prompts=splits["train"].tokens,
         settings=settings,
     )
     trainer = PPOTrainer(

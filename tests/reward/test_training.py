@@ -13,6 +13,7 @@ from pipeline.reward.baseline import bag_of_words_scores, sampled_pairs
 from pipeline.reward.constants import sample_replies, score_constants
 from pipeline.reward.data import Encoded, Ranking, RankingCollator, features
 from pipeline.reward.scores import raw_scores
+from pipeline.reward.settings import Normalisation
 from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
@@ -193,8 +194,7 @@ def replies(monkeypatch, *, this: int, of: int, gather=None):
         tiny_llama(),
         [[3, 9, 4], [3, 8, 8, 4], [3] * 60],
         tokenizer=TOKENS,
-        num_samples=5,
-        response_tokens=6,
+        normalisation=Normalisation(num_samples=5, response_tokens=6),
         max_length=20,
         seed=1,
     )
@@ -221,8 +221,7 @@ def test_prompts_without_room_are_told():
             tiny_llama(),
             [[3, 4]],
             tokenizer=TOKENS,
-            num_samples=2,
-            response_tokens=8,
+            normalisation=Normalisation(num_samples=2, response_tokens=8),
             max_length=9,
             seed=0,
         )
