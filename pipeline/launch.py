@@ -30,7 +30,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.placement import Placement, as_configured, on_processors
-from pipeline.stopping import STOPPED
+from pipeline.stopping import LAUNCHER, STOPPED
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +101,11 @@ class Family:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.on_signal)
         command = [sys.executable, "-u", "-m", *program, f"--num_processes={placement.total}"]
+        ours = {LAUNCHER: str(os.getpid())}
         for local in range(placement.here):
             child = subprocess.Popen(
                 command,
-                env={**os.environ, **placement.variables(local, port=port)},
+                env={**os.environ, **placement.variables(local, port=port), **ours},
                 start_new_session=True,  # Ctrl-C of a terminal comes once, through this process
             )
             self.children.append(child)

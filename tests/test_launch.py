@@ -1,6 +1,7 @@
 """Launching several processes: they are connected, numbered, and end together."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -75,6 +76,21 @@ def started(folder: Path, program: str, *words: object, **variables: str) -> sub
     )
 
 
+ORPHAN = """
+import os, time
+from pathlib import Path
+from pipeline.command import command
+from pipeline.config import StageConfig
+
+def run(config):
+    Path(f"child-{os.getpid()}").touch()
+    time.sleep(600)
+
+words = ["--recipe=none", "--num_processes=2"]
+raise SystemExit(command(StageConfig, run, words, stage="none"))
+"""
+
+
 def alive(number: int) -> bool:
     """Whether there is a process of a number."""
     try:
@@ -128,6 +144,26 @@ def test_a_signal_while_the_processes_start_reaches_all_of_them(tmp_path, name, 
         os.kill(number, signal.SIGKILL)
     assert (len(children), left) == (2, [])
     assert result.returncode == 128 + (2 if name == "SIGINT" else 15)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the system tells of no parent's death")
+def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
+    (tmp_path / "configs" / "none").mkdir(parents=True)
+    (tmp_path / "configs" / "none" / "none.yaml").write_text("{}")
+    process = started(tmp_path, ORPHAN, 2)
+    deadline = time.monotonic() + 60
+    while len(children := list(tmp_path.glob("child-*"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    try:
+        _, said = process.communicate(timeout=30)  # until the last of them has ended
+        assert "none: interrupted; the same command goes on" in said
+    finally:
+        for number in [int(path.name.removeprefix("child-")) for path in children]:
+            if alive(number):
+                os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
