@@ -16,7 +16,7 @@ from pipeline.config import StageConfig, load
 from pipeline.distributed import is_main, rank, world_size
 from pipeline.errors import UpToDate, UserError, first_line
 from pipeline.pretrained import permit
-from pipeline.stopping import STOPPED, Stopped, Terminated
+from pipeline.stopping import STOPPED, Stopped, Terminated, end_with_launcher
 from pipeline.terminal import start_logging
 
 C = TypeVar("C", bound=StageConfig)
@@ -99,6 +99,7 @@ def _outcome(
 ) -> int:
     log = logging.getLogger(f"stages.{stage}")
     try:
+        end_with_launcher()
         config = load(config_class, argv, stage=stage)
         trusted = config.trust_remote_code
         permit([*trusted, *(str(config.folder(name)) for name in trusted)])

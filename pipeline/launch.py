@@ -30,10 +30,12 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.placement import Placement, as_configured, on_processors
-from pipeline.stopping import STOPPED
+from pipeline.stopping import LAUNCHER, STOPPED
 
 log = logging.getLogger(__name__)
 
+CONFIG = "--config="
+USAGE = "Say: python -m pipeline.launch 2 stages.ppo --recipe=cpu"
 LOOPBACK = "127.0.0.1"
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
@@ -83,25 +85,41 @@ class Family:
         first: number of the first of them among those of all machines.
         total: processes of all machines.
         children: by their number on this machine.
+        ended: exit codes by the same numbers.
+        asked: signals that came here and were not yet passed on.
     """
 
-    def __init__(self, program: Sequence[str], placement: Placement, *, port: int) -> None:
+    def __init__(self, placement: Placement) -> None:
         self.total, self.first = placement.total, placement.machine * placement.here
         self.ended: dict[int, int] = {}
+        self.asked: list[int] = []
+        self.children: list[subprocess.Popen[bytes]] = []
+
+    def start(self, program: Sequence[str], placement: Placement, *, port: int) -> None:
+        """Starts the processes; from now on signals that come here are for all of them."""
+        for number in PASSED_ON:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.on_signal)
         command = [sys.executable, "-u", "-m", *program, f"--num_processes={placement.total}"]
-        self.children = [
-            subprocess.Popen(
+        ours = {LAUNCHER: str(os.getpid())}
+        for local in range(placement.here):
+            child = subprocess.Popen(
                 command,
-                env={**os.environ, **placement.variables(local, port=port)},
+                env={**os.environ, **placement.variables(local, port=port), **ours},
                 start_new_session=True,  # Ctrl-C of a terminal comes once, through this process
             )
-            for local in range(placement.here)
-        ]
+            self.children.append(child)
 
-    def pass_on(self, number: int, _frame: FrameType | None) -> None:
-        """Gives a signal to every process; how they end is theirs to say."""
-        for child in self.children:
-            child.send_signal(PASSED_ON[signal.Signals(number)])
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Notes a signal, which the processes get once all of them are there."""
+        self.asked.append(number)
+
+    def _pass_on(self) -> None:
+        """Gives every process the signals that came; how they end is theirs to say."""
+        while self.asked:
+            number = PASSED_ON[signal.Signals(self.asked.pop(0))]
+            for child in self.children:
+                child.send_signal(number)
 
     def wait(self) -> int:
         """Returns the exit code of the one that failed first, 0 when none did.
@@ -134,7 +152,8 @@ class Family:
         return 0.0 if self.first == 0 and self.ended.get(0) in TOLD else AGREE_SECONDS
 
     def _failed(self) -> bool:
-        """Looks at who has ended; returns whether one of them has failed."""
+        """Passes signals on and looks at who has ended; returns whether one has failed."""
+        self._pass_on()
         for number, child in enumerate(self.children):
             code = child.poll()
             if code is not None:
@@ -178,6 +197,21 @@ def meeting(placement: Placement) -> Iterator[int]:
     del store
 
 
+def parsed(argv: Sequence[str]) -> tuple[str, int, list[str]]:
+    """Returns accelerate's YAML (empty for none), the number of processes, and the program.
+
+    Raises:
+        UserError: one of the last two is missing, or the number is none.
+    """
+    words = list(argv)
+    config = ""
+    if words and words[0].startswith(CONFIG):
+        config = words.pop(0).removeprefix(CONFIG)
+    if len(words) < 2 or not words[0].isdecimal() or int(words[0]) < 1:
+        raise UserError(f"how many processes of which program? {USAGE}")
+    return config, int(words[0]), words[1:]
+
+
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code of the process that failed first, 0 when none did.
 
@@ -185,23 +219,18 @@ def main(argv: Sequence[str]) -> int:
         argv: accelerate's YAML as `--config=FILE`, if any; number of processes (with a YAML: on all
             machines, 1 for as many as it says), module, and the module's own words.
     """
-    words = list(argv)
-    config = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else ""
-    processes, *program = words
     try:
+        config, processes, program = parsed(argv)
         if config:
-            number = int(processes)
-            placement = as_configured(Path(config), processes=number if number > 1 else 0)
+            placement = as_configured(Path(config), processes=processes if processes > 1 else 0)
         else:
-            placement = on_processors(int(processes))
+            placement = on_processors(processes)
     except UserError as error:
         log.error("%s", error)
         return USER_MISTAKE
     with meeting(placement) as port:
-        family = Family(program, placement, port=port)
-        for number in PASSED_ON:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, family.pass_on)
+        family = Family(placement)
+        family.start(program, placement, port=port)
         return family.wait()
 
 

@@ -26,6 +26,10 @@ MOST_PER_CORE = 16
 """Processes that a core is asked to share; more would only take the machine's memory."""
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 SHARDED = ("FSDP", "DEEPSPEED")
+PREFIXED = ("fsdp_config", "fp8_config", "dynamo_config")
+"""Sections of accelerate's YAML whose entries may leave out the section's name."""
+LEFT_OPEN = {"gpu_ids": "all", "mixed_precision": "no", "dynamo_backend": "no"}
+"""What accelerate's launcher takes where neither its YAML nor a word says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,15 +205,55 @@ def _variables(path: Path, *, total: int, place: dict[str, Any]) -> dict[str, st
 
 
 def launch_arguments(path: Path, *, total: int, place: dict[str, Any]) -> argparse.Namespace:
-    """Returns accelerate's launch arguments: those of its YAML, and this machine's place."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    """Returns accelerate's launch arguments: those of its YAML, and this machine's place.
 
+    Raises:
+        UserError: several processes are to share one GPU.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
     words = [f"--config_file={path}", f"--num_processes={total}"]
     words += [f"--num_machines={place.get('machines', 1)}"]
     words += [f"--machine_rank={place.get('machine', 0)}"]
     words += [f"--main_process_port={place.get('port', 0)}"]
     words += [f"--main_process_ip={place['address']}"] if place else []
-    parsed = launch_command_parser().parse_args([*words, "--module", "stages"])
-    args, defaults, _ = _validate_launch_command(parsed)
-    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    args = launch_command_parser().parse_args([*words, "--module", "stages"], _sections(config))
+    for name, value in [*vars(config).items(), *LEFT_OPEN.items()]:
+        if getattr(args, name, None) is None and not isinstance(value, dict):
+            setattr(args, name, value)
+    args.gpu_ids = str(args.gpu_ids)
+    one = args.gpu_ids != "all" and "," not in args.gpu_ids
+    if one and args.multi_gpu and args.num_machines == 1:
+        raise UserError(f"{path}: gpu_ids names one GPU, and MULTI_GPU needs two, or all")
     return args
+
+
+def _sections(config: Any) -> argparse.Namespace:
+    """Returns what stands in the sections of accelerate's YAML, by the names of its launcher.
+
+    The command line comes before it, and it before the launcher's defaults.
+    """
+    kind = config.distributed_type
+    sections = {name: value for name, value in vars(config).items() if isinstance(value, dict)}
+    entries = {
+        _entry(section, key): value
+        for section, content in sections.items()
+        for key, value in content.items()
+    }
+    return argparse.Namespace(
+        **entries,
+        use_deepspeed=kind == "DEEPSPEED",
+        use_fsdp=kind == "FSDP",
+        multi_gpu=kind == "MULTI_GPU",
+        use_parallelism_config=config.parallelism_config != {},
+        num_cpu_threads_per_process=os.environ.get("OMP_NUM_THREADS", "1"),
+        deepspeed_fields_from_accelerate_config=",".join(config.deepspeed_config),
+    )
+
+
+def _entry(section: str, key: str) -> str:
+    """Returns a section's entry as an argument: `version` of fsdp_config is fsdp_version."""
+    prefix = section.removesuffix("config")
+    return prefix + key if section in PREFIXED and not key.startswith(prefix) else key

@@ -1,7 +1,9 @@
 """When a stage saves and when it stops: by steps, by minutes, on a signal, before a time limit."""
 
 import contextlib
+import ctypes
 import os
+import platform
 import signal
 import threading
 import time
@@ -15,6 +17,10 @@ from pipeline.saving import Saving
 STOPPED = 75
 """Exit code of a stage that was asked to stop: the same command goes on (EX_TEMPFAIL)."""
 STDERR = 2
+LAUNCHER = "PIPELINE_LAUNCHER"
+"""Variable that names the launcher to the processes it starts, by its number."""
+PR_SET_PDEATHSIG = 1
+"""Linux's prctl: the signal a process gets when the one that started it dies."""
 
 
 class Stopped(Exception):  # noqa: N818 - an outcome, not an error
@@ -23,6 +29,19 @@ class Stopped(Exception):  # noqa: N818 - an outcome, not an error
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came where there is nothing to save."""
+
+
+def end_with_launcher() -> None:
+    """Asks Linux for a SIGTERM when the launcher dies, even by a signal that it cannot hear.
+
+    Raises:
+        Terminated: it is dead already.
+    """
+    launcher = os.environ.pop(LAUNCHER, "")
+    if launcher and platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if str(os.getppid()) != launcher:
+            raise Terminated
 
 
 class Due(NamedTuple):

@@ -250,7 +250,7 @@ def build_trainer(
             [text for prompts in splits.values() for text in prompts.texts],
             tokenizer=tokenizer,
         ),
-        prompts=splits["train"].texts,
+        prompts=splits["train"].tokens,
         settings=settings,
     )
     trainer = PPOTrainer(
@@ -266,7 +266,7 @@ def build_trainer(
     watch = None
     if config.guard.every:
         guard = Divided(loader.by_model(parents[GUARD], name=GUARD))
-        watch = Watch(guard, patience=config.guard.patience)
+        watch = Watch(scorer=guard, patience=config.guard.patience)
     validation = Validation(
         trainer,
         splits["validation"].tokens,
@@ -302,7 +302,7 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
     left = range(done, config.updates)
     with keep_pace(config.saving, stage="ppo") as pace:
         for number in progress(left, total=config.updates, description="ppo", initial=done):
-            if validation.watch is not None and validation.watch.ends:
+            if validation.ends:
                 break
             outcome = trainer.update(number, goes_on=lambda: not pace.stops())
             if outcome is None:

@@ -1,6 +1,7 @@
 """Launching several processes: they are connected, numbered, and end together."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -40,6 +41,24 @@ time.sleep(600)
 """
 """Process 0 hears no signal, as in the middle of a collective operation."""
 
+HURRIED = """
+import os, signal, subprocess, sys
+from pipeline import launch
+
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **settings):
+        if {child} == len(children):
+            signal.raise_signal(signal.{name})
+        super().__init__(*words, **settings)
+        children.append(self.pid)
+        open(f"child-{{self.pid}}", "w").close()
+
+children = []
+subprocess.Popen = Popen
+sys.exit(launch.main(["2", "sleeper"]))
+"""
+"""A launcher that gets a signal just before it starts the child of a number."""
+
 
 def started(folder: Path, program: str, *words: object, **variables: str) -> subprocess.Popen[str]:
     """The launcher at work on a program."""
@@ -55,6 +74,30 @@ def started(folder: Path, program: str, *words: object, **variables: str) -> sub
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+ORPHAN = """
+import os, time
+from pathlib import Path
+from pipeline.command import command
+from pipeline.config import StageConfig
+
+def run(config):
+    Path(f"child-{os.getpid()}").touch()
+    time.sleep(600)
+
+words = ["--recipe=none", "--num_processes=2"]
+raise SystemExit(command(StageConfig, run, words, stage="none"))
+"""
+
+
+def alive(number: int) -> bool:
+    """Whether there is a process of a number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_processes_are_numbered_and_told_how_many_they_are(tmp_path):
@@ -84,6 +127,43 @@ def test_an_interruption_ends_the_processes_without_a_traceback(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert "pipeline/launch.py" not in said
+
+
+@pytest.mark.parametrize(("name", "child"), [("SIGINT", 1), ("SIGTERM", 0), ("SIGHUP", 1)])
+def test_a_signal_while_the_processes_start_reaches_all_of_them(tmp_path, name, child):
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(600)\n")
+    result = subprocess.run(
+        [sys.executable, "-c", HURRIED.format(name=name, child=child)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(tmp_path)])},
+        timeout=60,
+    )
+    children = [int(path.name.removeprefix("child-")) for path in tmp_path.glob("child-*")]
+    left = [number for number in children if alive(number)]
+    for number in left:
+        os.kill(number, signal.SIGKILL)
+    assert (len(children), left) == (2, [])
+    assert result.returncode == 128 + (2 if name == "SIGINT" else 15)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the system tells of no parent's death")
+def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
+    (tmp_path / "configs" / "none").mkdir(parents=True)
+    (tmp_path / "configs" / "none" / "none.yaml").write_text("{}")
+    process = started(tmp_path, ORPHAN, 2)
+    deadline = time.monotonic() + 60
+    while len(children := list(tmp_path.glob("child-*"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    try:
+        _, said = process.communicate(timeout=30)  # until the last of them has ended
+        assert "none: interrupted; the same command goes on" in said
+    finally:
+        for number in [int(path.name.removeprefix("child-")) for path in children]:
+            if alive(number):
+                os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +213,18 @@ def test_two_machines_are_connected_by_what_each_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["9999"], "NPROC=9999: at most"),
-        (["--config=configs/accelerate/ddp.yaml", "1"], "ddp.yaml asks for 2 GPU(s) on this mach"),
+        (["9999", "this"], "NPROC=9999: at most"),
+        (["--config=configs/accelerate/ddp.yaml", "1", "this"], "ddp.yaml asks for 2 GPU(s) on t"),
+        ([], "how many processes of which program? Say: python -m pipeline.launch 2 stages.ppo"),
+        (["--config=configs/accelerate/ddp.yaml"], "how many processes of which program?"),
+        (["2"], "how many processes of which program?"),
+        (["two", "this"], "how many processes of which program?"),
+        (["0", "this"], "how many processes of which program?"),
     ],
 )
 def test_what_cannot_be_launched_is_told_in_one_line(words, message):
     result = subprocess.run(
-        [sys.executable, "-m", "pipeline.launch", *words, "this"],
+        [sys.executable, "-m", "pipeline.launch", *words],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -77,6 +77,92 @@ def test_every_process_gets_what_accelerates_launcher_would_give_it(name, total,
     assert sharded & placement.environment.keys() == sharded & expected.keys()
 
 
+UNUSUAL = """
+compute_environment: LOCAL_MACHINE
+distributed_type: {kind}
+debug: true
+enable_cpu_affinity: false
+mixed_precision: bf16
+main_training_function: main
+downcast_bf16: 'no'
+num_machines: 1
+num_processes: 2
+gpu_ids: 0,3
+dynamo_config:
+  dynamo_backend: INDUCTOR
+  mode: max-autotune
+  dynamo_use_fullgraph: true
+fsdp_config:
+  version: 2
+  offload_params: true
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+deepspeed_config:
+  zero_stage: 1
+  gradient_clipping: 0.5
+  num_machines: 7
+parallelism_config:
+  parallelism_config_tp_size: 2
+"""
+"""Fields that `accelerate config` asks for and ours leave out, some without their section's name,
+and one that this machine's place comes before."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "absent"),
+    [
+        ("MULTI_GPU", {"PARALLELISM_CONFIG_TP_SIZE": "2"}, ("USE_FSDP", "USE_DEEPSPEED")),
+        (
+            "FSDP",
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_OFFLOAD_PARAMS": "true",
+                "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+                "PARALLELISM_CONFIG_TP_SIZE": "2",
+            },
+            ("USE_DEEPSPEED",),
+        ),
+        (
+            "DEEPSPEED",
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1",
+                "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+                "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,gradient_clipping,num_machines",
+            },
+            ("USE_FSDP",),
+        ),
+    ],
+)
+def test_fields_of_accelerates_own_questions_reach_the_processes(tmp_path, kind, expected, absent):
+    (tmp_path / "own.yaml").write_text(UNUSUAL.format(kind=kind))
+    found = as_configured(tmp_path / "own.yaml").environment
+    expected |= {"ACCELERATE_MIXED_PRECISION": "bf16", "CUDA_VISIBLE_DEVICES": "0,3"}
+    expected |= {"ACCELERATE_DEBUG_MODE": "true"}
+    if kind != "DEEPSPEED":  # accelerate's launcher says nothing of these there
+        expected |= {
+            "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+            "ACCELERATE_DYNAMO_MODE": "max-autotune",
+            "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True",
+        }
+    assert expected.items() <= found.items()
+    assert not {f"ACCELERATE_{name}" for name in absent} & found.keys()
+
+
+def test_the_number_of_one_gpu_may_stand_without_quotes(tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_text((FOLDER / "one_gpu.yaml").read_text() + "gpu_ids: 3\n")
+    assert as_configured(path).environment["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, "1"), ("3", None)])
+def test_threads_are_those_of_the_environment_or_one(monkeypatch, threads, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert as_configured(FOLDER / "ddp.yaml").environment.get("OMP_NUM_THREADS") == expected
+
+
 def test_the_sharding_that_accelerate_builds_of_it_is_torchs_second(monkeypatch):
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -143,6 +229,7 @@ def test_one_process_is_plain_python():
         ("ddp", {"num_processes": "9"}, r"asks for 9 GPU\(s\) on this machine, which has 8"),
         ("ddp", {"num_processes": "0"}, "0 processes cannot be divided over 1 machines"),
         ("ddp", {"mixed_precision": "odd"}, "accelerate cannot launch it .*mixed_precision"),
+        ("ddp", {"gpu_ids": "3"}, "gpu_ids names one GPU, and MULTI_GPU needs two, or all"),
         ("cpu", {"use_cpu": "false"}, "distributed_type MULTI_CPU needs use_cpu: true"),
         ("cpu", {"num_processes": "99999"}, "NPROC=99999: at most"),
         ("fsdp2", {"use_cpu": "true"}, "FSDP with use_cpu: accelerate would not shard"),

@@ -36,7 +36,9 @@ def resample(groups: Sequence[str], *, samples: int, seed: int) -> Weights:
         samples: number of bootstrap samples.
         seed: seed of the draw.
     """
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    names = sorted(set(groups))
+    places = {name: place for place, name in enumerate(names)}
+    member = [places[name] for name in groups]
     generator = np.random.default_rng(seed)
     shares = np.full(len(names), 1 / len(names))
     counts = generator.multinomial(len(names), shares, size=samples)

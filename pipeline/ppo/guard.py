@@ -53,46 +53,18 @@ def over_optimised(looks: Sequence[Look], *, patience: int) -> bool:
     return all(look[0] < best_guard - DROP and look[1] > score for look in last)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Watch:
-    """Scores the validation replies with the guard and keeps the policy it likes best.
+    """Who judges the looks at validation, and how patiently."""
 
-    Attributes:
-        looks: judged looks, by the number of updates done.
-    """
+    scorer: "Scorer"
+    """The second reward model."""
+    patience: int
+    """Judged looks in a row that show over-optimisation before PPO ends early."""
 
-    def __init__(self, scorer: "Scorer", *, patience: int) -> None:
-        self.scorer, self.patience = scorer, patience
-        self.looks: dict[int, Look] = {}
-
-    @property
-    def best(self) -> int:
-        """The number of updates after which the guard's score was highest, the first of equals."""
-        return max(self.looks, key=lambda update: self.looks[update][0])
-
-    @property
-    def ends(self) -> bool:
-        """Whether training should end here."""
-        return over_optimised(list(self.looks.values()), patience=self.patience)
-
-    def judge(
-        self,
-        prompts: Sequence[list[int]],
-        responses: Sequence[list[int]],
-        *,
-        score: float,
-        update: int,
-    ) -> float:
-        """Returns the guard's mean normalised score of the replies, and remembers the look.
-
-        Args:
-            prompts: token ids.
-            responses: token ids.
-            score: the reward model's mean score of the same replies.
-            update: updates done.
-        """
-        found = float(self.scorer(prompts, responses).mean())
-        self.looks[update] = (found, score)
-        return found
+    def judge(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> float:
+        """Returns the guard's mean normalised score of responses to prompts, in tokens."""
+        return float(self.scorer(prompts, responses).mean())
 
 
 def keep_best(trainer: "PPOTrainer", *, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:

@@ -102,7 +102,7 @@ class Loader:
         parents: artifacts by the names of `open_source`.
         roles: the reference is the SFT model at this time; the reward model scores where it can.
         words: behind the prompts of all splits.
-        prompts: of the training split, as they stand in the data.
+        prompts: token ids of those of the training split.
         settings: of the run.
         measured: normalisation constants that were measured, by source.
     """
@@ -110,7 +110,7 @@ class Loader:
     parents: dict[str, Artifact]
     roles: "Roles"
     words: "Words"
-    prompts: Sequence[Any]
+    prompts: Sequence[list[int]]
     settings: "Settings"
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -166,13 +166,13 @@ class Loader:
 
     def set_constants(self, model: Any, reading: "Reading", *, name: str) -> None:
         """Measures the normalisation constants that a model's config.json does not have."""
-        from pipeline.reward.constants import listen, set_constants
+        from pipeline.reward.constants import sample_replies, set_constants
         from pipeline.reward.settings import Normalisation
         from pipeline.sharding import whole
 
         length = self.settings.max_response_tokens
         with whole(self.roles.reference) as sft:
-            said = listen(
+            prompts, replies = sample_replies(
                 sft,
                 self.prompts,
                 tokenizer=self.words.tokenizer,
@@ -180,7 +180,7 @@ class Loader:
                 max_length=sft.config.max_position_embeddings,
                 seed=self.settings.seed,
             )
-        set_constants(model, said, reading=reading)
+        set_constants(model, prompts, replies, words=self.words, reading=reading)
         found = {"mean": model.config.reward_mean, "std": model.config.reward_std}
         self.measured[name] = found
         log.info(

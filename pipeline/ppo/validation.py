@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
-from pipeline.ppo.guard import Watch, keep_best
+from pipeline.ppo.guard import Look, Watch, keep_best, over_optimised
 from pipeline.ppo.trainer import PPOTrainer, placed
 from pipeline.spacing import evenly_spaced
 from pipeline.tokenizer import decode_response
@@ -51,6 +51,27 @@ class Validation:
         self.trainer, self.tokenizer, self.watch = trainer, tokenizer, watch
         self.looks: dict[int, dict[str, float]] = {}
 
+    @property
+    def judged(self) -> dict[int, Look]:
+        """The looks that the guard judged, by the number of updates done."""
+        return {
+            update: (figures["guard/score"], figures["validation/score"])
+            for update, figures in self.looks.items()
+            if "guard/score" in figures
+        }
+
+    @property
+    def best(self) -> int | None:
+        """Updates done when the guard's score was highest, the first of equals; None: no look."""
+        judged = self.judged
+        return max(judged, key=lambda update: judged[update][0], default=None)
+
+    @property
+    def ends(self) -> bool:
+        """Whether training should end here, because the guard has seen over-optimisation."""
+        looks = list(self.judged.values())
+        return self.watch is not None and over_optimised(looks, patience=self.watch.patience)
+
     def look(self, stage: StageRun, *, update: int, judged: bool = False) -> dict[str, float]:
         """Returns the figures of the policy after so many updates; samples are logged.
 
@@ -74,17 +95,12 @@ class Validation:
             "validation/distinct_2": distinct_2(counts, size=counts.total()),
         }
         if self.watch is not None and judged:
-            metrics["guard/score"] = self.watch.judge(
-                self.prompts,
-                responses,
-                score=metrics["validation/score"],
-                update=update,
-            )
-            if self.watch.best == update:
-                keep_best(trainer, tokenizer=self.tokenizer, folder=stage.path / BEST)
+            metrics["guard/score"] = self.watch.judge(self.prompts, responses)
         if self.text is not None:
             metrics["validation/text_perplexity"] = trainer.text_perplexity(self.text)
         self.looks[update] = metrics
+        if self.best == update:
+            keep_best(trainer, tokenizer=self.tokenizer, folder=stage.path / BEST)
         rows = zip(self.prompts, texts, experience.scores.tolist(), strict=True)
         stage.log_samples(
             update,
@@ -102,5 +118,3 @@ class Validation:
                 self.looks[int(row["step"])] = {
                     name: value for name, value in row.items() if name.startswith(FIGURES)
                 }
-            if self.watch is not None and "guard/score" in row:
-                self.watch.looks[row["step"]] = (row["guard/score"], row["validation/score"])

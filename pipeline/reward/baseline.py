@@ -15,7 +15,7 @@ def bag_of_words_scores(
     texts: Sequence[str],
     *,
     ratings: Float[np.ndarray, " text"],
-    groups: Sequence[str],
+    scales: Sequence[str],
     held_out: Sequence[str],
     min_gap: float,
     seed: int,
@@ -28,7 +28,7 @@ def bag_of_words_scores(
     Args:
         texts: training texts.
         ratings: mean rating of each training text.
-        groups: only training texts of the same group are compared.
+        scales: only training texts of the same scale are compared.
         held_out: texts to score.
         min_gap: least difference of mean ratings of a training comparison.
         seed: seed of the sample of comparisons and of their direction.
@@ -37,7 +37,7 @@ def bag_of_words_scores(
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    better, worse = sampled_pairs(ratings, groups, min_gap=min_gap, seed=seed)
+    better, worse = sampled_pairs(ratings, scales, min_gap=min_gap, seed=seed)
     if len(better) < 2:
         return None
     direction = np.where(np.arange(len(better)) % 2 == 0, 1.0, -1.0)
@@ -54,26 +54,26 @@ def bag_of_words_scores(
 
 
 def sampled_pairs(
-    ratings: Float[np.ndarray, " text"], groups: Sequence[str], *, min_gap: float, seed: int
+    ratings: Float[np.ndarray, " text"], scales: Sequence[str], *, min_gap: float, seed: int
 ) -> tuple[Pairs, Pairs]:
-    """Returns better and worse text of randomly drawn comparisons within groups.
+    """Returns better and worse text of randomly drawn comparisons within scales.
 
     All comparisons of some ten thousand texts would not fit into memory.
 
     Args:
         ratings: mean rating of each text.
-        groups: only texts of the same group are compared.
+        scales: only texts of the same scale are compared.
         min_gap: least difference of the mean ratings; equal ratings never count.
         seed: seed of the draw.
     """
     generator = np.random.default_rng(seed)
-    member = np.unique(np.asarray(groups), return_inverse=True)[1]
+    member = np.unique(np.asarray(scales), return_inverse=True)[1]
     order = np.argsort(member, kind="stable")
     sizes = np.bincount(member)
     starts = np.cumsum(sizes) - sizes
     first = generator.integers(len(ratings), size=NUM_PAIRS)
-    group = member[first]
-    second = order[starts[group] + generator.integers(sizes[group])]
+    scale = member[first]
+    second = order[starts[scale] + generator.integers(sizes[scale])]
     gap = ratings[first] - ratings[second]
     counts = (np.abs(gap) >= min_gap) & (gap != 0)
     higher = gap[counts] > 0

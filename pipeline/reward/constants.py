@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from pipeline.reward.reading import Reading, Words, context_of, cut_to, reread
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import Normalisation
 from pipeline.streams import stream
-from pipeline.tokenizer import Prompt, decode_response, encode_prompt
+from pipeline.tokenizer import decode_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -26,8 +25,7 @@ def sample_replies(
     prompts: Sequence[list[int]],
     *,
     tokenizer: "PreTrainedTokenizerFast",
-    num_samples: int,
-    response_tokens: int,
+    normalisation: Normalisation,
     max_length: int,
     seed: int,
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -37,18 +35,18 @@ def sample_replies(
         model: the SFT model.
         prompts: token ids of all training prompts.
         tokenizer: gives EOS and PAD.
-        num_samples: replies; each to another prompt while those last.
-        response_tokens: most tokens of a reply.
+        normalisation: how many replies, each to another prompt while those last, and how long.
         max_length: prompts are left out that leave no room for a whole reply.
         seed: seed of the choice of prompts and of sampling.
 
     Raises:
         UserError: no prompt leaves room.
     """
-    fitting = [ids for ids in prompts if len(ids) + response_tokens <= max_length]
+    num_samples, length = normalisation.num_samples, normalisation.response_tokens
+    fitting = [ids for ids in prompts if len(ids) + length <= max_length]
     if not fitting:
         raise UserError(
-            f"normalisation.response_tokens: no prompt leaves room for {response_tokens} tokens "
+            f"normalisation.response_tokens: no prompt leaves room for {length} tokens "
             f"within max_length {max_length}"
         )
     random.Random(f"{seed}/normalisation").shuffle(fitting)
@@ -58,7 +56,7 @@ def sample_replies(
         model,
         [chosen[row] for row in mine],
         uniforms=uniforms(
-            stream(seed, "normalisation"), update=0, rows=list(mine), positions=response_tokens
+            stream(seed, "normalisation"), update=0, rows=list(mine), positions=length
         ),
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -69,63 +67,21 @@ def sample_replies(
     return chosen, [found[row] for row in range(num_samples)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replies:
-    """What the SFT model said, by whose scores others are normalised.
-
-    Attributes:
-        asked: prompts in tokens.
-        replies: one to each.
-        words: behind the tokens.
-    """
-
-    asked: list[list[int]]
-    replies: list[list[int]]
-    words: Words
-
-
-def listen(
-    sft: Any,
-    prompts: Sequence[Prompt],
+def set_constants(
+    model: Any,
+    prompts: Sequence[list[int]],
+    replies: Sequence[list[int]],
     *,
-    tokenizer: "PreTrainedTokenizerFast",
-    normalisation: Normalisation,
-    max_length: int,
-    seed: int,
-) -> Replies:
-    """Returns what the SFT model says, which is needed no longer then.
-
-    Args:
-        sft: causal LM that replies.
-        prompts: of the training split.
-        tokenizer: the SFT model's.
-        normalisation: how many replies, how long.
-        max_length: prompts are left out that leave no room for a whole reply.
-        seed: seed of the choice of prompts and of sampling.
-
-    Raises:
-        UserError: no prompt leaves room.
-    """
-    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    asked, replies = sample_replies(
-        sft,
-        tokens,
-        tokenizer=tokenizer,
-        num_samples=normalisation.num_samples,
-        response_tokens=normalisation.response_tokens,
-        max_length=max_length,
-        seed=seed,
-    )
-    words = Words.behind(tokens, prompts, tokenizer=tokenizer)
-    return Replies(asked=asked, replies=replies, words=words)
-
-
-def set_constants(model: Any, said: Replies, *, reading: Reading) -> list[dict[str, Any]]:
+    words: Words,
+    reading: Reading,
+) -> list[dict[str, Any]]:
     """Returns the SFT model's scored replies after setting the model's reward_mean and reward_std.
 
     Args:
         model: sequence classifier.
-        said: by the SFT model.
+        prompts: in the SFT model's tokens.
+        replies: the SFT model's, one to each.
+        words: behind these tokens.
         reading: how the model reads text.
 
     Raises:
@@ -134,20 +90,19 @@ def set_constants(model: Any, said: Replies, *, reading: Reading) -> list[dict[s
     limit = context_of(model, reading.tokenizer)
     scores = raw_scores(
         model,
-        cut_to(reread(reading, said.words, said.asked, said.replies), limit=limit),
+        cut_to(reread(reading, words, prompts, replies), limit=limit),
         pad_id=reading.tokenizer.pad_token_id,
         separator=reading.separator,
     )
     mean, std = score_constants(scores)
     model.config.reward_mean, model.config.reward_std = mean, std
-    tokenizer = said.words.tokenizer
     return [
         {
-            "prompt": tokenizer.decode(prompt),
-            "response": decode_response(tokenizer, reply),
+            "prompt": words.tokenizer.decode(prompt),
+            "response": decode_response(words.tokenizer, reply),
             "score": (float(score) - mean) / std,
         }
-        for prompt, reply, score in zip(said.asked, said.replies, scores, strict=True)
+        for prompt, reply, score in zip(prompts, replies, scores, strict=True)
     ]
 
 

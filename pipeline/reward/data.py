@@ -24,8 +24,10 @@ TEXTS_PER_CHUNK = 16
 class Ranking:
     """K rated texts of one kind; a pair is a ranking of two."""
 
+    scale: str
+    """Texts of the same scale are comparable: a whole set that raters rated alike, or a row."""
     group: str
-    """Texts of the same group are comparable: a whole set that was rated on one scale, or a row."""
+    """Rows of the same group come from one document, and are no independent evidence."""
     set: str
     """Name the report shows the texts under."""
     prompts: list[Any]
@@ -49,15 +51,17 @@ def read_rankings(folder: Path, row_type: str, *, split: str) -> list[Ranking]:
         where = f"{folder / row_type}-{split}.parquet row {index}"
         present = {name: value for name, value in row.items() if value is not None}
         checked = check_row(present, row_type, where=where)
-        rankings.append(_ranking(checked) if "responses" in checked else _pair(checked, where))
+        read = _ranking if "responses" in checked else _pair
+        rankings.append(read(checked, where))
     return rankings
 
 
-def _ranking(row: dict[str, Any]) -> Ranking:
+def _ranking(row: dict[str, Any], where: str) -> Ranking:
     """Texts with individual ratings share their set's scale; others compare within the row."""
     rated = all(row["ratings"])
     return Ranking(
-        group=row["set"] if rated else f"{row['set']}: {row['prompts'][0]}",
+        scale=row["set"] if rated else where,
+        group=row["group"],
         set=row["set"],
         prompts=row["prompts"] * len(row["responses"]),
         responses=row["responses"],
@@ -71,7 +75,8 @@ def _pair(row: dict[str, Any], where: str) -> Ranking:
     if not margin > 0:
         raise UserError(f"{where}: margin must be above 0, got {margin}")
     return Ranking(
-        group=where,
+        scale=where,
+        group=row["group"],
         set="pairs",
         prompts=[row["prompt"]] * 2,
         responses=[texts_of(row[name])[0] for name in ("chosen", "rejected")],

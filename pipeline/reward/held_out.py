@@ -77,7 +77,7 @@ def rated_sets(
     sets = {}
     for name in sorted({ranking.set for ranking in held_out.rankings}):
         members = [ranking for ranking in held_out.rankings if ranking.set == name]
-        texts, ratings, groups = flat(members)
+        texts, ratings, scales = flat(members)
         learned = [ranking for ranking in training or [] if ranking.set == name]
         raters = [given for ranking in members for given in ranking.ratings or []]
         sets[name] = RatedSet(
@@ -86,7 +86,8 @@ def rated_sets(
             ),
             ratings=ratings,
             lengths=np.array([float(len(text.split())) for text in texts]),
-            groups=groups,
+            scales=scales,
+            groups=[ranking.group for ranking in members for _ in ranking.responses],
             baseline=_baseline(learned, texts, min_gap=min_gap, seed=seed) if learned else None,
             raters=raters if len(raters) == len(texts) else None,
         )
@@ -96,15 +97,15 @@ def rated_sets(
 def _baseline(
     learned: list[Ranking], held_out: list[str], *, min_gap: float, seed: int
 ) -> Float[np.ndarray, " text"] | None:
-    texts, ratings, groups = flat(learned)
+    texts, ratings, scales = flat(learned)
     return bag_of_words_scores(
-        texts, ratings=ratings, groups=groups, held_out=held_out, min_gap=min_gap, seed=seed
+        texts, ratings=ratings, scales=scales, held_out=held_out, min_gap=min_gap, seed=seed
     )
 
 
 def flat(rankings: list[Ranking]) -> tuple[list[str], Float[np.ndarray, " text"], list[str]]:
-    """Returns texts, mean ratings and groups of all rankings, ranking after ranking."""
+    """Returns texts, mean ratings and scales of all rankings, ranking after ranking."""
     texts = [text for ranking in rankings for text in ranking.responses]
     ratings = np.array([score for ranking in rankings for score in ranking.scores])
-    groups = [ranking.group for ranking in rankings for _ in ranking.responses]
-    return texts, ratings, groups
+    scales = [ranking.scale for ranking in rankings for _ in ranking.responses]
+    return texts, ratings, scales

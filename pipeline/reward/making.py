@@ -15,7 +15,7 @@ from pipeline.lora import quantisation, with_adapter
 from pipeline.models import choose_precision, load_causal_lm, load_tokenizer
 from pipeline.optim import build_optimizer
 from pipeline.origin import origin_commit
-from pipeline.reward.constants import listen, set_constants
+from pipeline.reward.constants import sample_replies, set_constants
 from pipeline.reward.data import (
     Encoded,
     RankingCollator,
@@ -26,7 +26,7 @@ from pipeline.reward.data import (
     read_rankings,
 )
 from pipeline.reward.held_out import held_out_report, rated_sets
-from pipeline.reward.reading import Reading, TokenReading, context_of, load_reading
+from pipeline.reward.reading import Reading, TokenReading, Words, context_of, load_reading
 from pipeline.reward.report import pair_accuracy
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import RewardConfig
@@ -38,6 +38,7 @@ from pipeline.reward.training import (
     reward_model_from,
 )
 from pipeline.storage import write_json
+from pipeline.tokenizer import encode_prompt
 from pipeline.training import row_order, trainer_arguments
 
 
@@ -58,9 +59,11 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         for split in ("train", "validation")
     }
     rows = training_rows(config, encoded["train"])
-    said = listen(
+    texts = [row["prompt"] for row in read_rows(data, "prompts", split="train")]
+    tokens = [encode_prompt(tokenizer, text) for text in texts]
+    prompts, replies = sample_replies(
         load_causal_lm(sft, quantisation=quantisation(config.lora)).to(device),
-        [row["prompt"] for row in read_rows(data, "prompts", split="train")],
+        tokens,
         tokenizer=tokenizer,
         normalisation=config.normalisation,
         max_length=config.max_length,
@@ -75,7 +78,8 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         reading=reading,
         bf16=precision == "bf16",
     )
-    samples = set_constants(trainer.model, said, reading=reading)
+    words = Words.behind(tokens, texts, tokenizer=tokenizer)
+    samples = set_constants(trainer.model, prompts, replies, words=words, reading=reading)
     save_merged(trainer, stage.path, load=lambda: untrained(config, sft, like=trainer.model))
     report = held_out_report(
         trainer.model,

@@ -32,8 +32,9 @@ class RatedSet:
             scores are multiplied by reward_std first.
         ratings: mean rating of each text.
         lengths: words of each text.
-        groups: texts of the same group are comparable; one name for a whole set of rated texts,
+        scales: texts of the same scale are comparable; one name for a whole set of rated texts,
             one name for each pair or ranking otherwise.
+        groups: document of each text.
         baseline: the bag-of-words model's score, or None.
         raters: every rater's rating of each text, or None.
     """
@@ -41,6 +42,7 @@ class RatedSet:
     scores: Texts
     ratings: Texts
     lengths: Texts
+    scales: Sequence[str]
     groups: Sequence[str]
     baseline: Texts | None = None
     raters: Sequence[Sequence[int]] | None = None
@@ -67,14 +69,11 @@ def reward_report(
 
 def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
     """Returns accuracy with interval, rivals, bins and calibration of one set, as JSON values."""
-    better, worse = comparable_pairs(rated.ratings, rated.groups, min_gap=min_gap)
+    better, worse = comparable_pairs(rated.ratings, rated.scales, min_gap=min_gap)
     report: dict[str, Any] = {"num_texts": len(rated.ratings), "num_pairs": len(better)}
     if not len(better):
         return report
-    units = (
-        rated.groups if len(set(rated.groups)) > 1 else [str(i) for i in range(len(rated.scores))]
-    )
-    weights = resample(units, samples=BOOTSTRAP_SAMPLES, seed=seed)
+    weights = resample(bootstrap_units(rated), samples=BOOTSTRAP_SAMPLES, seed=seed)
     rivals = {
         "accuracy": rated.scores,
         "longer_wins": rated.lengths,
@@ -96,17 +95,28 @@ def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
     return report
 
 
+def bootstrap_units(rated: RatedSet) -> Sequence[str]:
+    """Returns what each text is drawn with: its document; of one document alone, its scale.
+
+    Where all texts have one scale too, each is drawn by itself.
+    """
+    for names in (rated.groups, rated.scales):
+        if len(set(names)) > 1:
+            return names
+    return [str(text) for text in range(len(rated.scores))]
+
+
 def comparable_pairs(
-    ratings: Texts, groups: Sequence[str], *, min_gap: float
+    ratings: Texts, scales: Sequence[str], *, min_gap: float
 ) -> tuple[Pairs, Pairs]:
     """Returns the indices of the better and the worse text of every pair that counts.
 
     Args:
         ratings: mean rating of each text.
-        groups: only texts of the same group are compared.
+        scales: only texts of the same scale are compared.
         min_gap: least difference of the mean ratings; equal ratings never count.
     """
-    member = np.unique(np.asarray(groups), return_inverse=True)[1]
+    member = np.unique(np.asarray(scales), return_inverse=True)[1]
     order = np.argsort(member, kind="stable")
     bounds = np.flatnonzero(np.diff(member[order])) + 1
     better, worse = [], []
@@ -120,7 +130,7 @@ def comparable_pairs(
 
 def pair_accuracy(rated: RatedSet, *, min_gap: float) -> float | None:
     """Returns the share of pairs that the scores order as the raters do, or None without pairs."""
-    better, worse = comparable_pairs(rated.ratings, rated.groups, min_gap=min_gap)
+    better, worse = comparable_pairs(rated.ratings, rated.scales, min_gap=min_gap)
     if not len(better):
         return None
     return float(agreements(rated.scores, better=better, worse=worse).mean())
@@ -193,7 +203,7 @@ def human_ceiling(rated: RatedSet, *, min_gap: float, seed: int) -> float | None
             [raters[index] for raters, index in zip(rated.raters, chosen, strict=True)], dtype=float
         )
         others = (totals - one) / (counts - 1)
-        better, worse = comparable_pairs(others, rated.groups, min_gap=min_gap)
+        better, worse = comparable_pairs(others, rated.scales, min_gap=min_gap)
         if len(better):
             shares.append(agreements(one, better=better, worse=worse).mean())
     return float(np.mean(shares)) if shares else None

@@ -8,8 +8,10 @@ import torch
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
-from pipeline.ppo import sources, validation
+from pipeline.ppo import sources
 from pipeline.ppo.guard import Watch, over_optimised
+from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.validation import Validation
 from pipeline.reporting.curves import curves
 from pipeline.reporting.figures import guard_charts
 from pipeline.storage import read_jsonl
@@ -34,9 +36,17 @@ RISING = [(0.0, 0.0), (1.0, 1.0), (1.2, 2.0)]
 )
 def test_training_ends_when_the_guard_fell_while_the_score_rose(looks, ends):
     assert over_optimised(looks, patience=2) is ends
-    watch = Watch(None, patience=2)
-    watch.looks = dict(enumerate(looks))
-    assert watch.ends is ends
+    assert after(dict(enumerate(looks)), patience=2).ends is ends
+
+
+def after(looks, *, patience):
+    """A validation after judged looks, by the number of updates done."""
+    watch = Watch(scorer=None, patience=patience)
+    idle = PPOTrainer.__new__(PPOTrainer)  # nothing is sampled here
+    seen = Validation(idle, [[5]], num_prompts=1, tokenizer=None, watch=watch)
+    names = ("guard/score", "validation/score")
+    seen.looks = {update: dict(zip(names, look, strict=True)) for update, look in looks.items()}
+    return seen
 
 
 def test_more_patience_waits_for_more_looks():
@@ -46,9 +56,25 @@ def test_more_patience_waits_for_more_looks():
 
 
 def test_the_first_of_equal_looks_is_the_best():
-    watch = Watch(None, patience=1)
-    watch.looks = {0: (0.1, 0.0), 10: (0.4, 0.0), 20: (0.4, 1.0), 30: (0.2, 1.0)}
-    assert watch.best == 10
+    seen = after({0: (0.1, 0.0), 10: (0.4, 0.0), 20: (0.4, 1.0), 30: (0.2, 1.0)}, patience=1)
+    assert seen.best == 10
+
+
+def test_looks_that_nobody_judged_are_never_the_best_and_end_nothing():
+    seen = after({}, patience=1)
+    seen.looks = {update: {"validation/score": 1.0 * update} for update in range(5)}
+    assert seen.best is None
+    assert not seen.ends
+
+
+def test_a_resumed_run_recalls_what_was_judged():
+    looks = dict(enumerate([*RISING, (0.9, 3.0), (0.8, 3.5)]))
+    seen, resumed = after(looks, patience=2), after({}, patience=2)
+    rows = [{"step": update, **figures} for update, figures in seen.looks.items()]
+    resumed.recall([*rows, {"step": 9, "reward/mean": 1.0}])
+    assert resumed.looks == seen.looks
+    assert resumed.judged == looks
+    assert (resumed.best, resumed.ends) == (2, True)
 
 
 @pytest.mark.parametrize(("every", "judged"), [(0, []), (1, [0, 2, 4, 6, 7]), (2, [0, 4, 7])])
@@ -88,20 +114,19 @@ def run_folder(tmp_path_factory):
 @pytest.fixture
 def falling(monkeypatch):
     """A guard whose score falls by 0.2 a look after the second, under a score that rises."""
+    look, seen = Validation.look, []
 
-    def judge(self, prompts, responses, *, score, update):
-        self.looks[update] = (1.0 - 0.1 * abs(update - 2), float(update))
-        return self.looks[update][0]
-
-    monkeypatch.setattr(Watch, "judge", judge)
-    look = validation.Validation.look
+    def judge(self, prompts, responses):
+        return 1.0 - 0.1 * abs(seen[-1] - 2)
 
     def rising(self, stage, *, update, judged):
+        seen.append(update)
         metrics = look(self, stage, update=update, judged=judged)
         metrics["validation/score"] = float(update)
         return metrics
 
-    monkeypatch.setattr(validation.Validation, "look", rising)
+    monkeypatch.setattr(Watch, "judge", judge)
+    monkeypatch.setattr(Validation, "look", rising)
 
 
 def weights(folder):

@@ -69,6 +69,7 @@ def results_of(rows: list[Record], *, texts: int = 60) -> dict[str, Any]:
                 scores=rated + generator.normal(size=texts),
                 ratings=rated,
                 lengths=generator.integers(2, 25, size=texts).astype(float),
+                scales=[name] * texts,
                 groups=[name] * texts,
                 baseline=rated + 2 * generator.normal(size=texts),
             )

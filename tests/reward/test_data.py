@@ -1,5 +1,6 @@
 """Rows as rankings, rankings as features, features as batches."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,9 @@ from pipeline.reward.data import (
     features,
     read_rankings,
 )
+from pipeline.reward.held_out import rated_sets
 from pipeline.reward.reading import TokenReading
+from pipeline.reward.report import set_report
 from tests.data.own import write_rows
 
 RANKING = {
@@ -43,6 +46,7 @@ class Letters:
 
 def ranking(**changes) -> Ranking:
     fields = {
+        "scale": "g",
         "group": "g",
         "set": "s",
         "prompts": ["p", "p", "p"],
@@ -53,21 +57,25 @@ def ranking(**changes) -> Ranking:
     return Ranking(**(fields | changes))
 
 
-def test_a_set_with_raters_is_one_group_and_its_prompt_serves_all_texts(tmp_path):
+def test_a_set_with_raters_is_one_scale_and_its_prompt_serves_all_texts(tmp_path):
     write_rows(tmp_path, "preferences", split="train", rows=[RANKING, RANKING])
     first, second = read_rankings(tmp_path, "preferences", split="train")
     assert first.prompts == ["how are you?"] * 3
-    assert first.group == second.group == first.set == "tweets"
+    assert first.scale == second.scale == first.set == "tweets"
     assert first.ratings == [[2, 2], [0, 0], [-1, -2]]
 
 
 def test_without_raters_texts_compare_within_their_row(tmp_path):
     bare = RANKING | {"ratings": [[], [], []]}
-    rows = [bare, bare | {"prompts": ["and you?"]}]
+    rows = [bare | {"group": "a tree"}, bare | {"group": "another"}]  # of the same prompt
     write_rows(tmp_path, "preferences", split="train", rows=rows)
-    first, second = read_rankings(tmp_path, "preferences", split="train")
-    assert first.ratings is None
-    assert first.group != second.group
+    rankings = read_rankings(tmp_path, "preferences", split="train")
+    assert [one.ratings for one in rankings] == [None, None]
+    assert [one.group for one in rankings] == ["a tree", "another"]
+    whole = encode(rankings, reading=TokenReading(Letters()), max_length=99)
+    rated = rated_sets(whole, scores=np.zeros(6))["tweets"]
+    assert rated.groups == ["a tree"] * 3 + ["another"] * 3
+    assert set_report(rated, min_gap=0.5, seed=0)["num_pairs"] == 2 * 3
 
 
 def test_a_pair_is_a_ranking_of_two_whose_gap_is_its_margin(tmp_path):
@@ -77,7 +85,8 @@ def test_a_pair_is_a_ranking_of_two_whose_gap_is_its_margin(tmp_path):
     assert plain.responses == ["hello", "go away"]
     assert plain.scores == [1.0, 0.0]
     assert close.scores == [0.5, 0.0]
-    assert plain.group != close.group
+    assert plain.scale != close.scale
+    assert plain.group == close.group == "hi"
 
 
 def test_a_conversational_pair_is_read_like_a_plain_one(tmp_path):

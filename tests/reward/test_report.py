@@ -25,6 +25,7 @@ def rated(**changes) -> RatedSet:
         "scores": np.array([0.1, 1.0, 0.4]),
         "ratings": RATINGS,
         "lengths": np.array([3.0, 5.0, 9.0]),
+        "scales": ["s"] * 3,
         "groups": ["s"] * 3,
     }
     return RatedSet(**(fields | changes))
@@ -33,11 +34,16 @@ def rated(**changes) -> RatedSet:
 def two_texts(*, ratings: list[float], raters: list[list[int]]) -> RatedSet:
     nothing = np.zeros(2)
     return RatedSet(
-        scores=nothing, ratings=np.array(ratings), lengths=nothing, groups=["s"] * 2, raters=raters
+        scores=nothing,
+        ratings=np.array(ratings),
+        lengths=nothing,
+        scales=["s"] * 2,
+        groups=["s"] * 2,
+        raters=raters,
     )
 
 
-def test_pairs_need_the_gap_and_the_group():
+def test_pairs_need_the_gap_and_the_scale():
     better, worse = comparable_pairs(RATINGS, ["s"] * 3, min_gap=0.5)
     assert list(zip(better, worse, strict=True)) == [(0, 2), (1, 2)]
     better, worse = comparable_pairs(RATINGS, ["a", "b", "a"], min_gap=0.0)
@@ -132,15 +138,38 @@ def test_the_whole_report():
 
 
 def test_pairs_are_resampled_whole():
-    # Two pairs, each its own group: a text never occurs without its partner.
+    # Two pairs of one document: a text never occurs without its partner.
     pairs = rated(
         scores=np.array([1.0, 0.0, 1.0, 0.0]),
         ratings=np.array([1.0, 0.0, 1.0, 0.0]),
         lengths=np.ones(4),
-        groups=["a", "a", "b", "b"],
+        scales=["a", "a", "b", "b"],
+        groups=["s"] * 4,
     )
     assert reward_report({"pairs": pairs})["sets"]["pairs"]["accuracy"] == {
         "value": 1.0,
         "low": 1.0,
         "high": 1.0,
     }
+
+
+def test_rows_of_one_document_are_resampled_together():
+    # Eight pairs, of which the model has every second one right: by pairs, of two documents.
+    def interval(groups: list[str]) -> tuple[float, float]:
+        pairs = rated(
+            scores=np.array([1.0, 0.0, 0.0, 1.0] * 4),
+            ratings=np.array([1.0, 0.0] * 8),
+            lengths=np.ones(16),
+            scales=[f"row {text // 2}" for text in range(16)],
+            groups=groups,
+        )
+        found = reward_report({"pairs": pairs})["sets"]["pairs"]["accuracy"]
+        assert found["value"] == 0.5
+        return found["low"], found["high"]
+
+    # Documents of one right and one wrong pair each: every sample is half right.
+    assert interval([f"document {text // 4}" for text in range(16)]) == (0.5, 0.5)
+    # Two documents, all right and all wrong: a quarter of the samples holds one of them alone.
+    assert interval(["right", "right", "wrong", "wrong"] * 4) == (0.0, 1.0)
+    low, high = interval([f"document {text // 2}" for text in range(16)])
+    assert 0.0 < low < 0.5 < high < 1.0

@@ -13,6 +13,7 @@ from pipeline.reward.baseline import bag_of_words_scores, sampled_pairs
 from pipeline.reward.constants import sample_replies, score_constants
 from pipeline.reward.data import Encoded, Ranking, RankingCollator, features
 from pipeline.reward.scores import raw_scores
+from pipeline.reward.settings import Normalisation
 from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
@@ -33,6 +34,7 @@ def row(seed: int, *, num_texts: int) -> dict[str, object]:
         for _ in range(num_texts)
     ]
     ranking = Ranking(
+        scale="g",
         group="g",
         set="s",
         prompts=["p"] * num_texts,
@@ -192,8 +194,7 @@ def replies(monkeypatch, *, this: int, of: int, gather=None):
         tiny_llama(),
         [[3, 9, 4], [3, 8, 8, 4], [3] * 60],
         tokenizer=TOKENS,
-        num_samples=5,
-        response_tokens=6,
+        normalisation=Normalisation(num_samples=5, response_tokens=6),
         max_length=20,
         seed=1,
     )
@@ -220,8 +221,7 @@ def test_prompts_without_room_are_told():
             tiny_llama(),
             [[3, 4]],
             tokenizer=TOKENS,
-            num_samples=2,
-            response_tokens=8,
+            normalisation=Normalisation(num_samples=2, response_tokens=8),
             max_length=9,
             seed=0,
         )
@@ -232,7 +232,7 @@ def test_the_bag_of_words_learns_which_words_are_good():
     scores = bag_of_words_scores(
         texts,
         ratings=np.array([1.0, 1.0, -1.0, -1.0] * 4),
-        groups=["s"] * 16,
+        scales=["s"] * 16,
         held_out=["a good one", "a bad one", "unknown"],
         min_gap=0.5,
         seed=0,
@@ -242,11 +242,11 @@ def test_the_bag_of_words_learns_which_words_are_good():
 
 
 def test_the_bag_of_words_needs_comparable_texts():
-    arguments = {"groups": ["a", "b"], "held_out": ["x"], "min_gap": 0.5, "seed": 0}
+    arguments = {"scales": ["a", "b"], "held_out": ["x"], "min_gap": 0.5, "seed": 0}
     assert bag_of_words_scores(["x", "y"], ratings=np.array([0.0, 1.0]), **arguments) is None
 
 
-def test_sampled_pairs_stay_within_groups_and_gap():
+def test_sampled_pairs_stay_within_scales_and_gap():
     ratings = np.array([0.0, 1.0, 0.1, 5.0, 5.2])
     better, worse = sampled_pairs(ratings, ["a", "a", "b", "b", "a"], min_gap=0.5, seed=0)
     assert set(zip(better.tolist(), worse.tolist(), strict=True)) == {

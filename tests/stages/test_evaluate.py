@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -89,6 +91,40 @@ def test_batches_do_not_change_what_is_said(evaluated, chain, tmp_path):
         assert ours["ppo"]["text"] == theirs["ppo"]["text"]
         assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
         assert [d["text"] for d in ours["draws"]] == [d["text"] for d in theirs["draws"]]
+
+
+def together(folder, *words):
+    """Evaluates in two processes, as `make NPROC=2` does."""
+    launch = [sys.executable, "-m", "pipeline.launch", "2", "stages.evaluate"]
+    result = subprocess.run(
+        [*launch, f"--run={folder}", *SMALL, *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def leaves(value):
+    """What rows and objects hold, in their order."""
+    if not isinstance(value, dict | list):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value
+    return [leaf for one in inner for leaf in leaves(one)]
+
+
+@pytest.mark.parametrize("num_prompts", [12, 1])
+def test_two_processes_find_what_one_does(chain, tmp_path, num_prompts):
+    # Of one prompt, the second process gets none.
+    alone, two = copy(chain, tmp_path / "alone"), copy(chain, tmp_path / "together")
+    words = [f"--num_prompts={num_prompts}"]
+    assert main([f"--run={alone}", *SMALL, *words]) == 0
+    together(two, *words)
+    assert len(records_of(two)) == num_prompts
+    for found in (records_of, results_of):
+        for ours, theirs in zip(leaves(found(two)), leaves(found(alone)), strict=True):
+            is_figure = isinstance(theirs, float)
+            assert ours == (pytest.approx(theirs, abs=1e-4) if is_figure else theirs)
 
 
 def test_a_policy_against_itself_is_even_because_both_draw_the_same_numbers(tmp_path):
