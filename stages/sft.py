@@ -150,8 +150,8 @@ def write_samples(
     chosen = [rows[index] for index in evenly_spaced(len(rows), config.samples)]
     if not chosen or not run.is_main:
         return
-    if is_divided(model):  # this process alone samples: from what was just written
-        model = load_causal_lm(run.path).to(model.device)
+    if is_divided(model):  # this process alone samples, from what was just written; not on its
+        model = load_causal_lm(run.path)  # GPU, which holds a part of the model already
     prompts = [_prompt_of(row) for row in chosen]
     numbers = uniforms(
         stream(config.seed, "samples"),

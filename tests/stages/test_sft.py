@@ -21,7 +21,7 @@ from pipeline.models import load_tokenizer
 from pipeline.saving import Saving
 from pipeline.tokenizer import encode_conversation, encode_prompt, encode_response
 from stages import sft
-from tests.support import assert_close
+from tests.support import assert_close, tiny_llama
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 IGNORED = -100
@@ -173,6 +173,19 @@ def test_an_adapter_is_trained_and_written_beside_the_merged_model(run_dir, toke
     config = json.loads((run_dir / "sft" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, "pretrain")
     assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_a_divided_models_samples_are_drawn_on_the_processor(run_dir, tokenizer, monkeypatch):
+    """A GPU, for which the empty device stands here, holds the trainer's part and no whole model."""
+    monkeypatch.setattr("pipeline.sharding.is_divided", lambda _model: True)
+    shutil.copytree(run_dir / "pretrain", run_dir / "sft")
+    said = instructions.encode_rows(tokenizer, [{"prompt": "hello", "completion": "hi"}])
+    config = config_of(run_dir)
+    run = checkpoint._stage_run(config, stage="sft", kind="causal-lm", parents={})
+    sft.write_samples(
+        config, tiny_llama().to("meta"), tokenizer=tokenizer, rows=said, run=run, step=1
+    )
+    assert [row["human"] for row in rows(run_dir, "samples.jsonl")] == ["hi"]
 
 
 def reply_loss(model, row):
