@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import require
+from pipeline.context import context_of, fits
 from pipeline.distributed import SHARDING, setup, world_size
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, Example, Examples, collate, read_examples
@@ -60,11 +61,10 @@ def load_model(config: Config, path: Path) -> "PreTrainedModel":
     from pipeline.models import load_causal_lm
 
     model = load_causal_lm(path, quantisation=quantisation(config.lora))
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and config.max_length > context:
+    if not fits(model.config, config.max_length):
         raise UserError(
-            f"max_length: {config.max_length} is longer than the context of {context} positions "
-            f"of the model in {path}"
+            f"max_length: {config.max_length} is longer than the context of "
+            f"{context_of(model.config)} positions of the model in {path}"
         )
     return model
 

@@ -21,7 +21,7 @@ from pipeline.attention import pack
 from pipeline.config import require
 from pipeline.models import reads_last_token, score_responses, whole_text_scores
 from pipeline.ppo.order import interleave
-from pipeline.reward.reading import Reading, TokenReading, Words, context_of, cut_to, reread
+from pipeline.reward.reading import Reading, TokenReading, Words, cut_to, limit_of, reread
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class TextScorer:
 
     def fitting(self, texts: list[list[int]]) -> list[list[int]]:
         """Returns the texts within the model's context."""
-        limit = context_of(self.model, self.reading.tokenizer)
+        limit = limit_of(self.model, self.reading.tokenizer)
         num_long = sum(len(ids) > limit for ids in texts)
         if num_long:
             log.warning(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pipeline.distributed import gather_objects, rank, world_size
 from pipeline.errors import UserError
 from pipeline.ppo.rollout import generate, uniforms
-from pipeline.reward.reading import Reading, Words, context_of, cut_to, reread
+from pipeline.reward.reading import Reading, Words, cut_to, limit_of, reread
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import Normalisation
 from pipeline.streams import stream
@@ -28,7 +28,7 @@ def sample_replies(
     tokenizer: "PreTrainedTokenizerFast",
     num_samples: int,
     response_tokens: int,
-    max_length: int,
+    max_length: int | None,
     seed: int,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Returns prompts and the model's replies to them, in tokens; the processes share the work.
@@ -39,13 +39,15 @@ def sample_replies(
         tokenizer: gives EOS and PAD.
         num_samples: replies; each to another prompt while those last.
         response_tokens: most tokens of a reply.
-        max_length: prompts are left out that leave no room for a whole reply.
+        max_length: prompts are left out that leave no room for a whole reply; None: no bound.
         seed: seed of the choice of prompts and of sampling.
 
     Raises:
         UserError: no prompt leaves room.
     """
-    fitting = [ids for ids in prompts if len(ids) + response_tokens <= max_length]
+    fitting = [
+        ids for ids in prompts if max_length is None or len(ids) + response_tokens <= max_length
+    ]
     if not fitting:
         raise UserError(
             f"normalisation.response_tokens: no prompt leaves room for {response_tokens} tokens "
@@ -90,7 +92,7 @@ def listen(
     *,
     tokenizer: "PreTrainedTokenizerFast",
     normalisation: Normalisation,
-    max_length: int,
+    max_length: int | None,
     seed: int,
 ) -> Replies:
     """Returns what the SFT model says, which is needed no longer then.
@@ -100,7 +102,7 @@ def listen(
         prompts: of the training split.
         tokenizer: the SFT model's.
         normalisation: how many replies, how long.
-        max_length: prompts are left out that leave no room for a whole reply.
+        max_length: prompts are left out that leave no room for a whole reply; None: no bound.
         seed: seed of the choice of prompts and of sampling.
 
     Raises:
@@ -131,7 +133,7 @@ def set_constants(model: Any, said: Replies, *, reading: Reading) -> list[dict[s
     Raises:
         UserError: all replies score the same, so there is nothing to divide by.
     """
-    limit = context_of(model, reading.tokenizer)
+    limit = limit_of(model, reading.tokenizer)
     scores = raw_scores(
         model,
         cut_to(reread(reading, said.words, said.asked, said.replies), limit=limit),

@@ -26,7 +26,7 @@ from pipeline.reward.data import (
     read_rankings,
 )
 from pipeline.reward.held_out import held_out_report, rated_sets
-from pipeline.reward.reading import Reading, TokenReading, context_of, load_reading
+from pipeline.reward.reading import Reading, TokenReading, limit_of, load_reading
 from pipeline.reward.report import pair_accuracy
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import RewardConfig
@@ -146,7 +146,7 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
     average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)
-    context = context_of(model, tokenizer)
+    context = limit_of(model, tokenizer)
     if config.max_length > context:
         raise UserError(
             f"max_length: {config.max_length} is longer than the model's context of {context}"
