@@ -176,7 +176,7 @@ def test_an_adapter_is_trained_and_written_beside_the_merged_model(run_dir, toke
 
 
 def test_a_divided_models_samples_are_drawn_on_the_processor(run_dir, tokenizer, monkeypatch):
-    """A GPU, for which the empty device stands here, holds the trainer's part and no whole model."""
+    """A GPU, for which the empty device stands here, has no room for a whole model."""
     monkeypatch.setattr("pipeline.sharding.is_divided", lambda _model: True)
     shutil.copytree(run_dir / "pretrain", run_dir / "sft")
     said = instructions.encode_rows(tokenizer, [{"prompt": "hello", "completion": "hi"}])
