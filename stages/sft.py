@@ -302,7 +302,6 @@ def run(config: Config) -> None:
         config.training.accumulation(world_size())
         precision = choose_precision(config.training.precision)
         tokenizer = load_tokenizer(pretrain.path)
-        model = load_model(config, pretrain.path)
         train, validation = (
             read_examples(
                 data.path / f"instructions-{split}.parquet",
@@ -312,6 +311,7 @@ def run(config: Config) -> None:
             for split in ("train", "validation")
         )
         ordered = in_reading_order(config, train)
+        model = load_model(config, pretrain.path)
         trainer = build_trainer(
             config,
             model,

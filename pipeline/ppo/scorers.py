@@ -65,7 +65,7 @@ class TextScorer:
 
     def fitting(self, texts: list[list[int]]) -> list[list[int]]:
         """Returns the texts within the model's context."""
-        limit = limit_of(self.model, self.reading.tokenizer)
+        limit = limit_of(self.model.config, self.reading.tokenizer)
         num_long = sum(len(ids) > limit for ids in texts)
         if num_long:
             log.warning(

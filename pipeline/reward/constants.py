@@ -133,7 +133,7 @@ def set_constants(model: Any, said: Replies, *, reading: Reading) -> list[dict[s
     Raises:
         UserError: all replies score the same, so there is nothing to divide by.
     """
-    limit = limit_of(model, reading.tokenizer)
+    limit = limit_of(model.config, reading.tokenizer)
     scores = raw_scores(
         model,
         cut_to(reread(reading, said.words, said.asked, said.replies), limit=limit),

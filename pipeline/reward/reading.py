@@ -170,10 +170,10 @@ def reread(
     return [reading.exchange(text.prompt, text.response, ended=text.ended).ids for text in texts]
 
 
-def limit_of(model: Any, tokenizer: "Tokenizer") -> int:
-    """Returns the most tokens that a model reads: by its tokenizer, or by its positions."""
+def limit_of(config: Any, tokenizer: "Tokenizer") -> int:
+    """Returns the most tokens that a model reads: by its tokenizer, or by its configuration."""
     limit = int(tokenizer.model_max_length)
-    return min(limit, context_of(model.config) or limit)
+    return min(limit, context_of(config) or limit)
 
 
 def cut_to(texts: Sequence[list[int]], *, limit: int) -> list[list[int]]:

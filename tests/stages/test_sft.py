@@ -251,6 +251,12 @@ def test_a_row_longer_than_the_models_context_is_refused(run_dir):
     assert not (run_dir / "sft").exists()
 
 
+def test_rows_are_read_before_the_model(run_dir, monkeypatch):
+    monkeypatch.setattr(sft, "load_model", None)
+    with pytest.raises(UserError, match=r"max_length: none of the \d+ rows"):
+        sft.run(replace(config_of(run_dir), max_length=2))
+
+
 def test_sizes_that_do_not_divide_are_refused(run_dir):
     with pytest.raises(UserError, match=r"training.minibatch_size: 8 is not a multiple"):
         sft.run(config_of(run_dir, microbatch_size=3))
