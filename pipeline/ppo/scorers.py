@@ -1,7 +1,8 @@
 """What scores a response: models and functions, alone or together.
 
-A scorer is given all rows of a rollout on every process and returns the same scores on every
-process; how the work is divided is its own affair.
+A scorer returns the scores of the rows that it is given. A model's works on its own process alone.
+Those of `Rewards` are given all rows of a rollout on every process and return the same scores on
+each: `Divided` has the processes share the rows of a model's, `FunctionScorer` asks once for all.
 """
 
 import logging
