@@ -4,8 +4,7 @@ Each case is a real stage on the smoke recipe's rows with a model of up to 57M w
 of its own; measured is the peak of its resident memory, which its manifest holds. The models have
 few steps to take: memory does not grow with them.
 
-Run     python -m benchmarks.doctor             cases that results/doctor.json lacks, then the table
-        python -m benchmarks.doctor --fresh     all of them
+Run     python -m benchmarks.doctor             every case anew, then the table
         python -m benchmarks.doctor --predict   predictions and the table alone
 """
 

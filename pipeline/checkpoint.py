@@ -19,6 +19,7 @@ from pipeline import distributed
 from pipeline.circumstances import Usage, circumstances
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
+from pipeline.former import bring_back, former_of, put_aside, undone_on_failure
 from pipeline.lock import Lock
 from pipeline.manifest import FORMAT_VERSION, MANIFEST, mending_command, read_manifest
 from pipeline.points import LOGS, Points, differences, log_sizes
@@ -240,7 +241,7 @@ class StageRun:
             manifest = {"content": content, "circumstances": {**about, "summary": dict(summary)}}
             write_json(self.path / MANIFEST, sealed(manifest))
             self.tracker.attach(self.path / MANIFEST, dict(summary))
-            shutil.rmtree(_former(self.path), ignore_errors=True)
+            shutil.rmtree(former_of(self.path), ignore_errors=True)
             log.info("%s: %s -> %s", self.stage, headline, self.path)
         self.finished = True
         distributed.barrier()
@@ -280,12 +281,8 @@ def begin(
     run = _stage_run(config, stage=stage, kind=kind, parents=parents)
     distributed.on_main(lambda: _open(run))
     try:
-        with telling_disk_trouble(run.path):
+        with undone_on_failure(run.points), telling_disk_trouble(run.path):
             yield run
-    except (UserError, OSError):
-        if run.is_main:
-            _withdraw(run)
-        raise
     finally:
         run.tracker.finish()
         run.points.close()
@@ -316,27 +313,22 @@ def _open(run: StageRun) -> None:
     """Makes the folder ready to work in; the main process does it for all."""
     run.lock.acquire()
     try:
+        bring_back(run.points)
         _check_finished(run)
         what = f"the files of {run.stage}"
         require_space(run.path.resolve().parent, run.config.room, what=what)
-        before = {name: rows_in(run.path / name) for name in LOGS}
-        run.earlier_seconds = _prepare(run)
-        run.tracker = _track(run, before if run.latest_point() else None)
+        with undone_on_failure(run.points):
+            before = {name: rows_in(run.path / name) for name in LOGS}
+            run.earlier_seconds = _prepare(run)
+            run.tracker = _track(run, before if run.latest_point() else None)
     except BaseException:
         run.lock.release()
         raise
 
 
 def _track(run: StageRun, before: Mapping[str, int] | None) -> Tracker:
-    """Returns the stage's trackers; where one does not start, a former result returns."""
     parents: dict[str, str] = run.points.identity["parents"]
-    try:
-        return open_tracker(
-            run.config, stage=run.stage, key=run.key, parents=parents, before=before
-        )
-    except UserError:
-        _withdraw(run)
-        raise
+    return open_tracker(run.config, stage=run.stage, key=run.key, parents=parents, before=before)
 
 
 def _check_finished(run: StageRun) -> None:
@@ -364,10 +356,8 @@ def _check_finished(run: StageRun) -> None:
 
 def _prepare(run: StageRun) -> float:
     """Brings the folder back to its newest good point, or empties it; returns its seconds."""
+    put_aside(run.path)
     folder = run.path.resolve()
-    if (folder / MANIFEST).is_file():  # a finished result stays until another takes its place
-        shutil.rmtree(_former(run.path), ignore_errors=True)
-        folder.replace(_former(run.path))
     folder.mkdir(parents=True, exist_ok=True)
     point = None if run.config.force else run.points.newest_good()
     if point is None:
@@ -380,18 +370,3 @@ def _prepare(run: StageRun) -> float:
             os.truncate(folder / name, size)
     log.info("%s: goes on from step %d of %s", run.stage, point["step"], run.path)
     return float(point["elapsed_seconds"])
-
-
-def _withdraw(run: StageRun) -> None:
-    """Leaves nothing half-made where there is no point to go on from; a former result returns."""
-    if run.latest_point() is None:
-        folder, former = run.path.resolve(), _former(run.path)
-        shutil.rmtree(folder, ignore_errors=True)
-        if former.is_dir():
-            former.replace(folder)
-
-
-def _former(path: Path) -> Path:
-    """Returns where a finished folder waits while it is made again."""
-    folder = path.resolve()
-    return folder.with_name(f".{folder.name}.former")

@@ -1,17 +1,22 @@
 """Documents as packed rows of tokens, for pretraining."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import require
 from pipeline.data.tables import stage_rows
+from pipeline.distributed import is_main
 from pipeline.errors import UserError
 from pipeline.tokenizer import rendering, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,58 @@ def pack(documents: Iterable[Sequence[int]], *, length: int) -> tuple["Tensor", 
     return stream[: num_rows * length].view(num_rows, length), len(stream) - num_rows * length
 
 
-def read_corpus(path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int) -> Corpus:
-    """Returns a file of text rows as packed rows."""
+def read_corpus(
+    path: Path,
+    *,
+    tokenizer: "PreTrainedTokenizerFast",
+    length: int,
+    setting: str = "sequence_length",
+) -> Corpus:
+    """Returns a file of text rows as packed rows.
+
+    Args:
+        path: of the file.
+        tokenizer: of the model that will read it.
+        length: tokens of a row.
+        setting: name of the setting that says so.
+
+    Raises:
+        UserError: there is no such file, or it holds less than a row.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist: the data stage made no text rows. Run: make data")
+    corpus = _packed(path, tokenizer=tokenizer, length=length)
+    require(bool(len(corpus.rows)), f"{_short_of_a_row(path, corpus)} {setting} {length}")
+    return corpus
+
+
+def read_optional_corpus(
+    path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int, figure: str
+) -> Corpus | None:
+    """Returns the packed rows for a figure that a stage can leave out.
+
+    None where there is no text; None, and the main process says so, where it is less than a row.
+    """
+    if not path.is_file():
+        return None
+    corpus = _packed(path, tokenizer=tokenizer, length=length)
+    if len(corpus.rows):
+        return corpus
+    if is_main():
+        log.info("%s %d: %s is left out", _short_of_a_row(path, corpus), length, figure)
+    return None
+
+
+def _packed(path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int) -> Corpus:
     documents = list(stage_rows(path, "text"))
     tokens = encode_documents(tokenizer, documents)
-    num_tokens = sum(map(len, tokens))
-    if num_tokens < length:
-        raise UserError(
-            f"{path} holds {num_tokens} tokens, less than one row of sequence_length {length}"
-        )
     rows, dropped = pack(tokens, length=length)
     num_bytes = sum(len(text.encode()) for text in texts_of(documents))
-    return Corpus(rows, len(documents), num_tokens, dropped, num_bytes)
+    return Corpus(rows, len(documents), sum(map(len, tokens)), dropped, num_bytes)
+
+
+def _short_of_a_row(path: Path, corpus: Corpus) -> str:
+    return f"{path} holds {corpus.num_tokens} tokens, less than one row of"
 
 
 def texts_of(documents: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.architecture import Architecture
 from pipeline.attention import is_packed
 from pipeline.config import require
+from pipeline.context import POSITIONS
 from pipeline.errors import UserError, told
 from pipeline.logprobs import wide
 from pipeline.origin import Origin
@@ -45,12 +46,13 @@ def build_causal_lm(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"max_position_embeddings": max_length, **architecture.options}
-    _check_sizes(options)
+    _check_sizes(architecture.options)
     try:
         config = AutoConfig.for_model(architecture.model_type)
     except ValueError as error:
         raise UserError(f"architecture.model_type: {architecture.model_type!r} unknown") from error
+    positions = {POSITIONS: max_length} if hasattr(config, POSITIONS) else {}
+    options = {**positions, **architecture.options}
     unknown = [name for name in options if not hasattr(config, name)]
     require(not unknown, f"architecture.options: {architecture.model_type} has no {unknown}")
     config = AutoConfig.for_model(

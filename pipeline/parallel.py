@@ -1,7 +1,7 @@
 """Passes of models side by side on one processor: two threads, each alone, outdo two on one pass.
 
 Small matrix products leave threads waiting for one another, and what stands between the products is
-mostly serial (docs/performance.md: measured gain).
+mostly serial (measured gain: docs/LOG.md, 2026-11-25).
 """
 
 from collections.abc import Callable, Iterator, Sequence

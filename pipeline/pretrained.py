@@ -51,7 +51,8 @@ def from_pretrained(auto_class: Any, name: Path | str, *, weights: bool, **optio
         options: for the class's own `from_pretrained`.
 
     Raises:
-        UserError: weights that are no safetensors, an adapter, or code that was not permitted.
+        UserError: weights that are no safetensors, or far fewer than its config.json tells of; an
+            adapter; code that was not permitted, or a library that is not installed.
         OSError: Transformers found nothing to load.
         ValueError: the same.
     """

@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.command import Parser
 from pipeline.config import require
+from pipeline.context import fits
 from pipeline.errors import UserError
 from pipeline.terminal import printable, start_logging
 
@@ -67,9 +68,8 @@ class Speaker:
         from pipeline.tokenizer import encode_prompt
 
         self.history.append({"role": "user", "content": text})
-        context = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         tokens = encode_prompt(self.tokenizer, self.history)
-        while len(tokens) + config.max_response_tokens > context:
+        while not fits(self.model.config, len(tokens) + config.max_response_tokens):
             if len(self.history) == 1:
                 self.history.clear()
                 return "(that message is too long for this model)"

@@ -231,15 +231,15 @@ def build_trainer(
     from pipeline.reward.reading import Words
 
     tokenizer = load_tokenizer(parents["sft"].path)
-    roles = load_roles(
-        parents["sft"], parents.get("reward"), wanted=config.wanted, device=accelerator.device
-    )
     splits, text = read_inputs(
         parents["data"].path,
         tokenizer=tokenizer,
         max_tokens=config.max_prompt_tokens,
         text_length=config.longest,
         ptx=config.optimisation.ptx_coef > 0,
+    )
+    roles = load_roles(
+        parents["sft"], parents.get("reward"), wanted=config.wanted, device=accelerator.device
     )
     settings = config.settings(accelerator.device)
     loader = Loader(

@@ -15,6 +15,7 @@ from pipeline.architecture import Architecture
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import require
+from pipeline.context import context_of, fits
 from pipeline.corpus import Corpus, read_corpus, stack
 from pipeline.distributed import SHARDING, setup, world_size
 from pipeline.errors import UserError
@@ -114,11 +115,10 @@ def build_model(config: Config, tokenizer: "PreTrainedTokenizerFast") -> "PreTra
             max_length=config.context_length or config.sequence_length,
             seed=config.seed,
         )
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and config.sequence_length > context:
+    if not fits(model.config, config.sequence_length):
         raise UserError(
             f"sequence_length: {config.sequence_length} is longer than the model's context "
-            f"of {context} positions"
+            f"of {context_of(model.config)} positions"
         )
     return model
 

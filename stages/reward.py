@@ -2,7 +2,8 @@
 
 Reads   runs/<recipe>/data (preferences and prompts rows) and runs/<recipe>/sft
 Writes  runs/<recipe>/reward, a sequence classifier with one label whose config.json holds
-        reward_mean and reward_std; report.json on the validation texts; samples.jsonl
+        reward_mean and reward_std; adapter/ where lora.rank is set; report.json on the validation
+        texts; samples.jsonl
 Command make reward RECIPE=cpu ARGS="--training.epochs=2"
 """
 

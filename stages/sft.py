@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import require
+from pipeline.context import context_of, fits
 from pipeline.distributed import SHARDING, setup, world_size
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, Example, Examples, collate, read_examples
@@ -60,11 +61,10 @@ def load_model(config: Config, path: Path) -> "PreTrainedModel":
     from pipeline.models import load_causal_lm
 
     model = load_causal_lm(path, quantisation=quantisation(config.lora))
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and config.max_length > context:
+    if not fits(model.config, config.max_length):
         raise UserError(
-            f"max_length: {config.max_length} is longer than the context of {context} positions "
-            f"of the model in {path}"
+            f"max_length: {config.max_length} is longer than the context of "
+            f"{context_of(model.config)} positions of the model in {path}"
         )
     return model
 
@@ -150,8 +150,8 @@ def write_samples(
     chosen = [rows[index] for index in evenly_spaced(len(rows), config.samples)]
     if not chosen or not run.is_main:
         return
-    if is_divided(model):  # this process alone samples: from what was just written
-        model = load_causal_lm(run.path).to(model.device)
+    if is_divided(model):  # this process alone samples, from what was just written; not on its
+        model = load_causal_lm(run.path)  # GPU, which holds a part of the model already
     prompts = [_prompt_of(row) for row in chosen]
     numbers = uniforms(
         stream(config.seed, "samples"),
@@ -302,7 +302,6 @@ def run(config: Config) -> None:
         config.training.accumulation(world_size())
         precision = choose_precision(config.training.precision)
         tokenizer = load_tokenizer(pretrain.path)
-        model = load_model(config, pretrain.path)
         train, validation = (
             read_examples(
                 data.path / f"instructions-{split}.parquet",
@@ -312,6 +311,7 @@ def run(config: Config) -> None:
             for split in ("train", "validation")
         )
         ordered = in_reading_order(config, train)
+        model = load_model(config, pretrain.path)
         trainer = build_trainer(
             config,
             model,

@@ -261,31 +261,6 @@ def test_a_half_written_point_is_ignored():
     assert interrupted(1, 2, 3, stop=9) == 1
 
 
-def test_a_finished_result_stays_until_another_takes_its_place():
-    before = make(text="first")
-    folder = before.path
-    with (
-        pytest.raises(UserError, match="too long"),
-        begin(config(force=True), stage="sft", kind="causal-lm", parents={}) as run,
-    ):
-        assert not (folder / "manifest.json").exists()
-        (run.path / "model.txt").write_text("half", encoding="utf-8")
-        raise UserError("too long")
-    assert open_artifact(folder, kind="causal-lm").digest == before.digest
-    assert make(text="second", force=True).digest != before.digest
-    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["sft"]
-
-
-def test_a_full_disk_leaves_nothing_half_made_and_the_former_result():
-    before = make()
-    with (
-        pytest.raises(OSError, match="No space left"),
-        begin(config(force=True), stage="sft", kind="causal-lm", parents={}),
-    ):
-        raise OSError(28, "No space left on device")
-    assert open_artifact(before.path, kind="causal-lm").digest == before.digest
-
-
 def test_a_stage_folder_that_is_a_link_stays_one(tmp_path):
     elsewhere = tmp_path / "scratch" / "sft"
     elsewhere.mkdir(parents=True)

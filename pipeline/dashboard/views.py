@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dashboard.logs import NO_CURVES, Log, Points, is_finite, newest_rows
-from pipeline.dashboard.runs import Runs, Stage
+from pipeline.dashboard.runs import SHOWN, Runs, Stage
 from pipeline.errors import UserError
 from pipeline.points import POINT
 from pipeline.reporting.grouping import grouped
@@ -71,11 +71,16 @@ class Views:
         return {"name": name, "now": time.time(), "stages": [self._whole(one) for one in stages]}
 
     def curves(self, names: Sequence[str], stage: str) -> dict[str, Any]:
-        """Returns a stage's charts with the curves of one run or of several, and remarks."""
+        """Returns a stage's charts with the curves of one run or of several, and remarks.
+
+        Runs without the stage have no curves.
+        """
+        if stage not in SHOWN:
+            raise Unknown
         charts: dict[str, list[dict[str, Any]]] = {}
         remarks = []
         for name in names[:MOST_COMPARED]:
-            found, told = self._curves(self._stage(name, stage))
+            found, told = self._curves(name, stage)
             remarks += [f"{name}: {remark}" if len(names) > 1 else remark for remark in told]
             for title, parts in grouped(found).items():
                 charts.setdefault(title, []).extend(
@@ -91,11 +96,14 @@ class Views:
         ]
         return {"charts": drawn, "remarks": remarks}
 
-    def _curves(self, stage: Stage) -> tuple[dict[str, Points], list[str]]:
+    def _curves(self, run: str, name: str) -> tuple[dict[str, Points], list[str]]:
         found: dict[str, Points] = {}
-        remarks = []
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            curves, told = self._log(self._place(stage, name)).points(most=MOST_POINTS)
+        remarks: list[str] = []
+        stage = self._found(run, name)
+        if stage is None:
+            return found, remarks
+        for file in ("metrics.jsonl", "timings.jsonl"):
+            curves, told = self._log(self._place(stage, file)).points(most=MOST_POINTS)
             found |= curves
             remarks += told
         return found, remarks
@@ -162,10 +170,14 @@ class Views:
         return folder
 
     def _stage(self, run: str, name: str) -> Stage:
-        for stage in self.runs.stages(self._folder(run)):
-            if stage.name == name:
-                return stage
-        raise Unknown
+        stage = self._found(run, name)
+        if stage is None:
+            raise Unknown
+        return stage
+
+    def _found(self, run: str, name: str) -> Stage | None:
+        stages = self.runs.stages(self._folder(run))
+        return next((stage for stage in stages if stage.name == name), None)
 
     def _whole(self, stage: Stage) -> dict[str, Any]:
         about = stage.manifest.get("circumstances", {})

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.corpus import read_corpus, stack
+from pipeline.corpus import read_optional_corpus, stack
 from pipeline.fitting import mean_nll
 from pipeline.spacing import evenly_spaced
 
@@ -29,7 +29,7 @@ def alignment_tax(
     """Returns both policies' perplexity on held-out text, and PPO's as a share of SFT's.
 
     Ouyang et al. 2022, section 4.2, who measure it on tasks. Every process must call it: they share
-    the rows. None where the run has no text.
+    the rows. None where the run has no text, or less than a row.
 
     Args:
         sft: causal LM.
@@ -39,10 +39,12 @@ def alignment_tax(
         length: tokens of a packed row, at least 2.
         num_rows: rows that are read, evenly spaced; fewer where there are fewer.
     """
-    if not text.is_file():
+    corpus = read_optional_corpus(
+        text, tokenizer=tokenizer, length=length, figure="the alignment tax"
+    )
+    if corpus is None:
         return None
-    rows = read_corpus(text, tokenizer=tokenizer, length=length).rows
-    chosen = [rows[index] for index in evenly_spaced(len(rows), num_rows)]
+    chosen = [corpus.rows[index] for index in evenly_spaced(len(corpus.rows), num_rows)]
     size = rows_per_pass(length, vocabulary=sft.config.vocab_size)
     batches = [stack(chosen[i : i + size]) for i in range(0, len(chosen), size)]
     before, after = (math.exp(mean_nll(model, batches)[0]) for model in (sft, ppo))

@@ -1,6 +1,5 @@
 """Replies of a policy to a list of prompts, at temperature-only sampling."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.checkpoint import open_artifact
+from pipeline.context import context_of, fits
 from pipeline.errors import UserError, told
 from pipeline.evaluation.prompt_files import Prompt
 from pipeline.manifest import MANIFEST
@@ -132,13 +132,12 @@ def reply_to_all(
         UserError: a prompt too long for the model, or a conversation without a chat template.
     """
     tokens = [_encode(tokenizer, prompt) for prompt in prompts]
-    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     for row, ids in zip(rows, tokens, strict=True):
-        if len(ids) + sampling.max_response_tokens > context:
+        if not fits(model.config, len(ids) + sampling.max_response_tokens):
             raise UserError(
                 f"generate.prompts, prompt {row + 1}: {len(ids)} tokens and a reply of up to "
-                f"{sampling.max_response_tokens} exceed the model's context of {context}; "
-                "shorten it or lower generate.max_response_tokens"
+                f"{sampling.max_response_tokens} exceed the model's context of "
+                f"{context_of(model.config)}; shorten it or lower generate.max_response_tokens"
             )
     size, replies = sampling.batch_size, []
     starts = range(0, len(tokens), size)

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pipeline.config import require
-from pipeline.corpus import read_corpus
+from pipeline.corpus import read_corpus, read_optional_corpus
 from pipeline.data.formats import read_rows
 from pipeline.distributed import world_size
 from pipeline.errors import UserError
@@ -71,7 +71,7 @@ def read_inputs(
         ptx: whether training text is read too; validation text is, where there is any.
 
     Raises:
-        UserError: there are fewer validation prompts than processes.
+        UserError: there are fewer validation prompts than processes, or PPO-ptx has no text.
     """
     splits = {
         split: read_prompts(folder, split=split, tokenizer=tokenizer, max_tokens=max_tokens)
@@ -82,18 +82,26 @@ def read_inputs(
         fitting >= world_size(),
         f"validation_prompts: only {fitting} fit into max_prompt_tokens, fewer than the processes",
     )
-    wanted = {"train": ptx, "validation": (folder / "text-validation.parquet").is_file()}
-    text = {
-        split: read_text(folder, split=split, tokenizer=tokenizer, length=text_length)
-        for split, needed in wanted.items()
-        if needed
-    }
-    return splits, text
+    return splits, read_text(folder, tokenizer=tokenizer, length=text_length, ptx=ptx)
 
 
 def read_text(
-    folder: Path, *, split: str, tokenizer: "PreTrainedTokenizerFast", length: int
-) -> Int[Tensor, "row time"]:
-    """Returns a split's pretraining text as packed rows of one length."""
-    path = folder / f"text-{split}.parquet"
-    return read_corpus(path, tokenizer=tokenizer, length=length).rows
+    folder: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int, ptx: bool
+) -> dict[str, Int[Tensor, "row time"]]:
+    """Returns the rows of text by split: those of validation where there are any.
+
+    Raises:
+        UserError: PPO-ptx has no row of training text.
+    """
+    validation = read_optional_corpus(
+        folder / "text-validation.parquet",
+        tokenizer=tokenizer,
+        length=length,
+        figure="validation/text_perplexity",
+    )
+    text = {} if validation is None else {"validation": validation.rows}
+    if ptx:
+        path, setting = folder / "text-train.parquet", "max_prompt_tokens + max_response_tokens"
+        train = read_corpus(path, tokenizer=tokenizer, length=length, setting=setting)
+        text["train"] = train.rows
+    return text

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.checkpoint import Artifact
 from pipeline.config import require
+from pipeline.context import context_of, fits
 from pipeline.errors import UserError
 from pipeline.ppo.sources import reads_tokens
 from pipeline.ppo.wanted import Wanted
@@ -41,10 +42,11 @@ def load_roles(
         roles = share_base(sft.path, path, lora=lora, seed=seed, device=device, critic=critic)
         if wanted.recomputes:
             recompute(roles.policy.base.model)
-    longest, context = wanted.longest, roles.policy.config.max_position_embeddings
+    longest, model_config = wanted.longest, roles.policy.config
     require(
-        longest <= context,
-        f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context {context}",
+        fits(model_config, longest),
+        f"max_prompt_tokens + max_response_tokens: {longest} exceeds the model's context "
+        f"{context_of(model_config)}",
     )
     if not wanted.normalise:
         for model in filter(None, (roles.reward_model, roles.value)):

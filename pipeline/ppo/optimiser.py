@@ -121,7 +121,10 @@ class Optimiser:
         text_rows: Int[Tensor, " text_row"],
         first: bool,
     ) -> dict[str, float] | None:
-        """Returns the metrics of one optimizer step on a minibatch; None when it went too far."""
+        """Returns the metrics of one optimizer step on a minibatch; None when it went too far.
+
+        The first step of an update is always taken: its KL is 0 but for rounding.
+        """
         experience = lesson.experience
         num_tokens = int(experience.mask[rows].sum())
         jobs = self._jobs(lesson, rows=rows, text_rows=text_rows, num_tokens=num_tokens)
@@ -135,7 +138,7 @@ class Optimiser:
             max_ratio=self.settings.optimisation.max_ratio,
         )
         target_kl = self.settings.optimisation.target_kl
-        if target_kl is not None and metrics["policy/approx_kl"] > target_kl:
+        if not first and target_kl is not None and metrics["policy/approx_kl"] > target_kl:
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad()
             return None

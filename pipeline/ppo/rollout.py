@@ -121,6 +121,8 @@ def generate(
         batch_size: most rows generated together; rows of like length share a batch.
         workers: batches generated side by side.
     """
+    if not prompts:  # of fewer than there are processes
+        return Sampled([], {"logprobs": [], "entropy": []})
     size = min(batch_size, math.ceil(len(prompts) / workers))
     batches = by_length([len(prompt) for prompt in prompts], batch_size=size)
 

@@ -1,7 +1,8 @@
 """What scores a response: models and functions, alone or together.
 
-A scorer is given all rows of a rollout on every process and returns the same scores on every
-process; how the work is divided is its own affair.
+A scorer returns the scores of the rows that it is given. A model's works on its own process alone.
+Those of `Rewards` are given all rows of a rollout on every process and return the same scores on
+each: `Divided` has the processes share the rows of a model's, `FunctionScorer` asks once for all.
 """
 
 import logging
@@ -21,7 +22,7 @@ from pipeline.attention import pack
 from pipeline.config import require
 from pipeline.models import reads_last_token, score_responses, whole_text_scores
 from pipeline.ppo.order import interleave
-from pipeline.reward.reading import Reading, TokenReading, Words, context_of, cut_to, reread
+from pipeline.reward.reading import Reading, TokenReading, Words, cut_to, limit_of, reread
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class TextScorer:
 
     def fitting(self, texts: list[list[int]]) -> list[list[int]]:
         """Returns the texts within the model's context."""
-        limit = context_of(self.model, self.reading.tokenizer)
+        limit = limit_of(self.model.config, self.reading.tokenizer)
         num_long = sum(len(ids) > limit for ids in texts)
         if num_long:
             log.warning(

@@ -240,8 +240,8 @@ class Optimisation:
     """Weight of a language-model loss on rows of the pretraining text, as many to a step as
     responses (PPO-ptx); 0 leaves it out."""
     target_kl: float | None = None
-    """An update ends before a minibatch whose KL from the sampling policy, in nats a token,
-    exceeds this; null never ends it."""
+    """An update ends before a minibatch, not its first, whose KL from the sampling policy, in nats
+    a token, exceeds this; null never ends it."""
     value_clip: float = 0.2
     """How far a value may move in one update before its gradient stops."""
     value_coef: float = 0.1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import Artifact, foreign_artifact, open_artifact
 from pipeline.config import require
+from pipeline.context import context_of
 from pipeline.ppo.settings import Source
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Loader:
                 self.prompts,
                 tokenizer=self.words.tokenizer,
                 normalisation=Normalisation(num_samples=NUM_SAMPLES, response_tokens=length),
-                max_length=sft.config.max_position_embeddings,
+                max_length=context_of(sft.config),
                 seed=self.settings.seed,
             )
         set_constants(model, prompts, replies, words=self.words, reading=reading)

@@ -1,5 +1,6 @@
 """The normalisation constants: mean and deviation of the scores of the SFT model's replies."""
 
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from pipeline.distributed import gather_objects, rank, world_size
 from pipeline.errors import UserError
 from pipeline.ppo.rollout import generate, uniforms
-from pipeline.reward.reading import Reading, Words, context_of, cut_to, reread
+from pipeline.reward.reading import Reading, Words, cut_to, limit_of, reread
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import Normalisation
 from pipeline.streams import stream
@@ -26,7 +27,7 @@ def sample_replies(
     *,
     tokenizer: "PreTrainedTokenizerFast",
     normalisation: Normalisation,
-    max_length: int,
+    max_length: int | None,
     seed: int,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Returns prompts and the model's replies to them, in tokens; the processes share the work.
@@ -36,14 +37,15 @@ def sample_replies(
         prompts: token ids of all training prompts.
         tokenizer: gives EOS and PAD.
         normalisation: how many replies, each to another prompt while those last, and how long.
-        max_length: prompts are left out that leave no room for a whole reply.
+        max_length: prompts are left out that leave no room for a whole reply; None: no bound.
         seed: seed of the choice of prompts and of sampling.
 
     Raises:
         UserError: no prompt leaves room.
     """
     num_samples, length = normalisation.num_samples, normalisation.response_tokens
-    fitting = [ids for ids in prompts if len(ids) + length <= max_length]
+    most = math.inf if max_length is None else max_length
+    fitting = [ids for ids in prompts if len(ids) + length <= most]
     if not fitting:
         raise UserError(
             f"normalisation.response_tokens: no prompt leaves room for {length} tokens "
@@ -87,7 +89,7 @@ def set_constants(
     Raises:
         UserError: all replies score the same, so there is nothing to divide by.
     """
-    limit = context_of(model, reading.tokenizer)
+    limit = limit_of(model.config, reading.tokenizer)
     scores = raw_scores(
         model,
         cut_to(reread(reading, words, prompts, replies), limit=limit),

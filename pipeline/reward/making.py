@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from pipeline.checkpoint import StageRun
 from pipeline.data.formats import read_rows
 from pipeline.distributed import world_size
-from pipeline.errors import UserError
+from pipeline.errors import UserError, told
 from pipeline.fitting import fit, merge_adapter, save_merged
 from pipeline.lora import quantisation, with_adapter
 from pipeline.models import choose_precision, load_causal_lm, load_tokenizer
 from pipeline.optim import build_optimizer
 from pipeline.origin import origin_commit
+from pipeline.pretrained import from_pretrained
 from pipeline.reward.constants import sample_replies, set_constants
 from pipeline.reward.data import (
     Encoded,
@@ -26,7 +27,7 @@ from pipeline.reward.data import (
     read_rankings,
 )
 from pipeline.reward.held_out import held_out_report, rated_sets
-from pipeline.reward.reading import Reading, TokenReading, Words, context_of, load_reading
+from pipeline.reward.reading import Reading, TokenReading, Words, limit_of, load_reading
 from pipeline.reward.report import pair_accuracy
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.settings import RewardConfig
@@ -52,6 +53,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
     reading: Reading = TokenReading(tokenizer)
     if config.init_from:
         reading = load_reading(config.init_from)
+    check_length(config, sft, reading=reading)
     precision = choose_precision(config.training.precision)
     config.training.accumulation(world_size())
     encoded = {
@@ -103,6 +105,21 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
     )
 
 
+def check_length(config: RewardConfig, sft: Path, *, reading: Reading) -> None:
+    """Raises UserError where max_length is beyond the context of the model to train.
+
+    Of the model only its configuration is read.
+    """
+    path = config.init_from or sft
+    with told(f"{path}: no model could be loaded from there"):
+        begun = from_pretrained(AutoConfig, path, weights=False)
+    context = limit_of(begun, reading.tokenizer)
+    if config.max_length > context:
+        raise UserError(
+            f"max_length: {config.max_length} is longer than the model's context of {context}"
+        )
+
+
 def read_split(config: RewardConfig, split: str, *, data: Path, reading: Reading) -> Encoded:
     """Returns a split's rankings in tokens.
 
@@ -138,23 +155,17 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
     """Returns the body of init_from, or of the SFT model, with a new head.
 
     Raises:
-        UserError: max_length is beyond the model's context.
+        UserError: the architecture has not the layers for averaging_layers or dropout.
     """
-    tokenizer = reading.tokenizer
     model = reward_model_from(
         config.init_from or sft,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=reading.tokenizer.pad_token_id,
         seed=config.seed,
         quantisation=quantisation(config.lora),
     )
     average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)
-    context = context_of(model, tokenizer)
-    if config.max_length > context:
-        raise UserError(
-            f"max_length: {config.max_length} is longer than the model's context of {context}"
-        )
     return model
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config import require
+from pipeline.context import context_of
 from pipeline.errors import told
 from pipeline.pretrained import from_pretrained
 from pipeline.tokenizer import (
@@ -169,10 +170,10 @@ def reread(
     return [reading.exchange(text.prompt, text.response, ended=text.ended).ids for text in texts]
 
 
-def context_of(model: Any, tokenizer: "Tokenizer") -> int:
-    """Returns the most tokens that a model reads: by its tokenizer, or by its positions."""
-    positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    return min(int(positions), int(tokenizer.model_max_length))
+def limit_of(config: Any, tokenizer: "Tokenizer") -> int:
+    """Returns the most tokens that a model reads: by its tokenizer, or by its configuration."""
+    limit = int(tokenizer.model_max_length)
+    return min(limit, context_of(config) or limit)
 
 
 def cut_to(texts: Sequence[list[int]], *, limit: int) -> list[list[int]]:

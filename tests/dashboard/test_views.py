@@ -44,6 +44,17 @@ def test_curves_of_one_run_and_of_two(views):
     ]  # fmt: skip
 
 
+def test_runs_that_lack_the_stage_have_no_curves(views, tmp_path):
+    finished(tmp_path / "many" / "seeds", summary={"seeds": 3})
+    trained(tmp_path / "new" / "reward_guard", steps=2, of=3)
+    for names, stage in ((["old", "new"], "reward_guard"), (["many", "new"], "ppo")):
+        drawn = views.curves(names, stage)["charts"]
+        assert {line["run"] for chart in drawn for line in chart["lines"]} == {"new"}
+        assert views.comparison(names, stage)["runs"][0]["state"] == "missing"
+    with pytest.raises(Unknown):
+        views.curves(["nowhere", "new"], "ppo")
+
+
 def test_a_metric_without_a_course_has_no_chart(views, tmp_path):
     log(tmp_path / "old" / "sft", "metrics.jsonl", {"step": 1, "a": 1.0})
     assert views.curves(["old"], "sft") == {"charts": [], "remarks": []}

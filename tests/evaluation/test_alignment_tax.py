@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from pipeline.corpus import read_corpus
 from pipeline.evaluation import alignment_tax as module
 from pipeline.evaluation.alignment_tax import alignment_tax
 from pipeline.tokenizer import train_tokenizer
@@ -32,7 +33,7 @@ def test_a_policy_that_forgot_everything_has_the_vocabulary_as_perplexity(text, 
     assert found["ppo"] == pytest.approx(size, rel=1e-5)
     assert found["ratio"] == found["ppo"] / found["sft"]
     # The same by hand: the mean over the tokens of five rows, evenly spaced.
-    rows = module.read_corpus(text, tokenizer=tokenizer, length=16).rows
+    rows = read_corpus(text, tokenizer=tokenizer, length=16).rows
     chosen = torch.stack([rows[index * len(rows) // 5] for index in range(5)])
     with torch.no_grad():
         logprobs = sft(input_ids=chosen).logits[:, :-1].log_softmax(-1)
@@ -44,7 +45,7 @@ def test_all_rows_are_read_where_there_are_fewer_than_asked_for(text):
     tokenizer = train_tokenizer(["how are you"] * 5, vocabulary_size=270)
     models = [tiny_llama(vocabulary=len(tokenizer), seed=seed) for seed in (0, 1)]
     settings = {"text": text, "tokenizer": tokenizer, "length": 16}
-    rows = len(module.read_corpus(text, tokenizer=tokenizer, length=16).rows)
+    rows = len(read_corpus(text, tokenizer=tokenizer, length=16).rows)
     most = alignment_tax(*models, num_rows=10**6, **settings)
     assert most == alignment_tax(*models, num_rows=rows, **settings)
 
@@ -52,6 +53,16 @@ def test_all_rows_are_read_where_there_are_fewer_than_asked_for(text):
 def test_a_run_without_text_has_none(tmp_path):
     settings = {"tokenizer": None, "length": 16, "num_rows": 5}
     assert alignment_tax(None, None, text=tmp_path / "missing.parquet", **settings) is None
+
+
+def test_text_of_less_than_a_row_has_none_and_says_so(text, caplog):
+    tokenizer = train_tokenizer(["how are you"] * 5, vocabulary_size=270)
+    with caplog.at_level("INFO"):
+        found = alignment_tax(
+            None, None, text=text, tokenizer=tokenizer, length=9999999, num_rows=5
+        )
+    assert found is None
+    assert "less than one row of 9999999: the alignment tax is left out" in caplog.text
 
 
 def test_rows_of_many_words_are_read_few_at_a_time():

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.models import score_responses, take_raw_scores
 from pipeline.ppo.experience import Roles, move_reference
+from pipeline.ppo.metrics import step_metrics
 from pipeline.ppo.settings import KL, Advantage, Optimisation
 from tests.ppo.worlds import PAD, PROMPTS, trainer, weights
 from tests.support import assert_close, tiny_llama, tiny_reward_model
@@ -132,6 +133,15 @@ def test_an_update_stops_before_it_goes_too_far():
     assert torch.equal(weights(ppo), weights(one_step))
     far = trainer(optimisation=rates(target_kl=1e9)).update(0).metrics
     assert far["optim/steps"] == 4.0  # two epochs of two minibatches
+
+
+def test_the_first_step_is_taken_whatever_rounding_makes_of_its_kl(monkeypatch):
+    def rounded(*args, **named):
+        return {**step_metrics(*args, **named), "policy/approx_kl": 1e-9}
+
+    monkeypatch.setattr("pipeline.ppo.optimiser.step_metrics", rounded)
+    metrics = trainer(optimisation=rates(target_kl=1e-10)).update(0).metrics
+    assert (metrics["optim/steps"], metrics["policy/first_approx_kl"]) == (1.0, 1e-9)
 
 
 def ppo_first_rows(ppo) -> torch.Tensor:

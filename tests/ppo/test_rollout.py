@@ -104,6 +104,11 @@ def test_uniforms_depend_on_seed_update_row_and_position_only():
     assert not torch.equal(uniforms(1, update=3, rows=[5], positions=4)[0], together[0])
 
 
+def test_no_prompts_have_no_responses(model):
+    nothing = sampled(model, [], [])
+    assert (nothing.responses, nothing.figures) == ([], {"logprobs": [], "entropy": []})
+
+
 def test_inverse_cdf_by_hand():
     # probabilities 0.2, 0.5, 0.3: boundaries at 0.2, 0.7, 1
     logits = torch.tensor([[0.2, 0.5, 0.3]]).double().log().repeat(5, 1)

@@ -10,8 +10,8 @@ from pipeline.reward.reading import (
     PairReading,
     TokenReading,
     Words,
-    context_of,
     cut_to,
+    limit_of,
     load_reading,
     reread,
 )
@@ -82,7 +82,7 @@ def test_a_long_text_keeps_its_first_token_and_its_end():
 def test_an_encoders_scores_are_its_own_forward_pass_whatever_the_batch(tmp_path):
     reading = load_reading(save_encoder(tmp_path))
     model = load_with_new_head(tmp_path, pad_id=0)
-    assert context_of(model, reading.tokenizer) == 64
+    assert limit_of(model.config, reading.tokenizer) == 64
     with torch.no_grad():
         assert float(head_of(model).weight.abs().max()) == 0.0  # a new head says 0
         head_of(model).weight.normal_(generator=torch.Generator().manual_seed(0))

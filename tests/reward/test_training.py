@@ -215,6 +215,13 @@ def test_replies_repeat_prompts_that_fit_and_do_not_depend_on_processes(monkeypa
     assert together == alone
 
 
+def test_a_process_for_which_no_prompt_is_left_takes_what_the_others_said(monkeypatch):
+    _, alone = replies(monkeypatch, this=0, of=1)
+    others = dict(enumerate(alone))
+    _, together = replies(monkeypatch, this=7, of=8, gather=lambda found: [found, others])
+    assert together == alone
+
+
 def test_prompts_without_room_are_told():
     with pytest.raises(UserError, match=r"normalisation\.response_tokens: no prompt leaves room"):
         sample_replies(

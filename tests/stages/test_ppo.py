@@ -288,6 +288,22 @@ def test_fewer_validation_prompts_than_processes_are_refused(run_folder, monkeyp
         )
 
 
+def test_text_of_less_than_a_row_stops_ppo_ptx_alone_and_before_models_load(
+    run_folder, monkeypatch, caplog
+):
+    def never(*_args, **_named):
+        raise AssertionError("a model was read")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr("pipeline.ppo.loading.load_roles", never)
+    more = ["--max_response_tokens=999968", "--force=true"]
+    with pytest.raises(AssertionError, match="a model was read"):
+        ppo.main(words(run_folder, *more))
+    assert "1000000: validation/text_perplexity is left out" in caplog.text
+    assert ppo.main(words(run_folder, *more, "--optimisation.ptx_coef=0.5")) == 2
+    assert "less than one row of max_prompt_tokens + max_response_tokens 1000000" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

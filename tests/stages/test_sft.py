@@ -21,7 +21,7 @@ from pipeline.models import load_tokenizer
 from pipeline.saving import Saving
 from pipeline.tokenizer import encode_conversation, encode_prompt, encode_response
 from stages import sft
-from tests.support import assert_close
+from tests.support import assert_close, tiny_llama
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 IGNORED = -100
@@ -175,6 +175,19 @@ def test_an_adapter_is_trained_and_written_beside_the_merged_model(run_dir, toke
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
+def test_a_divided_models_samples_are_drawn_on_the_processor(run_dir, tokenizer, monkeypatch):
+    """A GPU, for which the empty device stands here, has no room for a whole model."""
+    monkeypatch.setattr("pipeline.sharding.is_divided", lambda _model: True)
+    shutil.copytree(run_dir / "pretrain", run_dir / "sft")
+    said = instructions.encode_rows(tokenizer, [{"prompt": "hello", "completion": "hi"}])
+    config = config_of(run_dir)
+    run = checkpoint._stage_run(config, stage="sft", kind="causal-lm", parents={})
+    sft.write_samples(
+        config, tiny_llama().to("meta"), tokenizer=tokenizer, rows=said, run=run, step=1
+    )
+    assert [row["human"] for row in rows(run_dir, "samples.jsonl")] == ["hi"]
+
+
 def reply_loss(model, row):
     """The sum of -log p of the learned tokens, one position at a time, without padding."""
     with torch.no_grad():
@@ -236,6 +249,12 @@ def test_a_row_longer_than_the_models_context_is_refused(run_dir):
     with pytest.raises(UserError, match=r"max_length: 129 is longer than the context of 128"):
         sft.run(replace(config_of(run_dir), max_length=129))
     assert not (run_dir / "sft").exists()
+
+
+def test_rows_are_read_before_the_model(run_dir, monkeypatch):
+    monkeypatch.setattr(sft, "load_model", None)
+    with pytest.raises(UserError, match=r"max_length: none of the \d+ rows"):
+        sft.run(replace(config_of(run_dir), max_length=2))
 
 
 def test_sizes_that_do_not_divide_are_refused(run_dir):
