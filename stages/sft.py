@@ -59,7 +59,7 @@ def load_model(config: Config, path: Path) -> "PreTrainedModel":
     """Returns the pretrained model, once its context holds the longest row."""
     from pipeline.models import load_causal_lm
 
-    model = load_causal_lm(path, quantisation=quantisation(config.lora))
+    model = load_causal_lm(path, quantisation=quantisation(config.lora.quantise))
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.max_length > context:
         raise UserError(
