@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -169,6 +170,13 @@ def mean_nll(
     """
     was_training = model.training
     model.eval()
+    found = nll_as_it_is(model, batches)
+    model.train(was_training)
+    return found
+
+
+def nll_as_it_is(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[float, int]:
+    """Returns what `mean_nll` does of a model, or a role on a base, in the mode that it is in."""
     total, count = 0.0, 0
     own = len(batches[rank() :: world_size()])
     with torch.no_grad():
@@ -178,16 +186,14 @@ def mean_nll(
             nll, tokens = _batch_nll(model, batch)
             if number < own:
                 total, count = total + nll, count + tokens
-    model.train(was_training)
     parts = gather_objects((total, count))
     tokens = sum(part[1] for part in parts)
     return math.fsum(part[0] for part in parts) / max(1, tokens), tokens
 
 
-def _batch_nll(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
-    device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-    targets = batch["labels"][:, 1:].to(device)
+def _batch_nll(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:].to(model.device)
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     nll = nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"

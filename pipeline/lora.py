@@ -55,19 +55,26 @@ class LoRA:
         )
 
 
-def quantisation(lora: LoRA) -> Any | None:
-    """Returns what transformers needs to load the base in 4 bits, None for full precision.
+def quantisation(
+    wanted: str, *, setting: str = "lora.quantise", otherwise: str = "none"
+) -> Any | None:
+    """Returns what transformers needs to load a model in 4 bits, None for full precision.
 
     NormalFloat with quantised constants (Dettmers et al. 2023, section 3). Heads stay as they are.
+
+    Args:
+        wanted: none, or 4bit.
+        setting: by which the user asked for it.
+        otherwise: what that is to be set to where it cannot be.
 
     Raises:
         UserError: bitsandbytes is not installed.
     """
-    if lora.quantise == "none":
+    if wanted == "none":
         return None
     require(
         importlib.util.find_spec("bitsandbytes") is not None,
-        f"lora.quantise: {lora.quantise} needs bitsandbytes, which is missing; set it to none",
+        f"{setting}: {wanted} needs bitsandbytes, which is missing; set it to {otherwise}",
     )
     import torch
     from transformers import BitsAndBytesConfig
@@ -171,13 +178,21 @@ def check_adapter(folder: Path) -> None:
     )
 
 
-def merged(base: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
-    """Returns the base with the adapter of a folder added to its weights, in evaluation mode."""
+def with_trained_adapter(base: "PreTrainedModel", folder: Path) -> Any:
+    """Returns peft's wrapper of the base with the adapter of a folder in it, in evaluation mode.
+
+    The base reads through the adapter, and through the head that is kept with it, as well.
+    """
     from peft import PeftModel
 
     check_adapter(folder)
     with quiet_about_old_names():
-        return PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+def merged(base: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
+    """Returns the base with the adapter of a folder added to its weights, in evaluation mode."""
+    return with_trained_adapter(base, folder).merge_and_unload().eval()
 
 
 @contextlib.contextmanager

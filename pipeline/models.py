@@ -97,11 +97,12 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
     return _load(AutoModelForCausalLM, path, quantization_config=quantisation)
 
 
-def load_origin(origin: Origin) -> "PreTrainedModel":
-    """Returns the causal LM to start from in float32, in evaluation mode.
+def load_origin(origin: Origin, *, quantisation: Any = None) -> "PreTrainedModel":
+    """Returns the causal LM to start from in evaluation mode.
 
-    The weights of a GGUF file are unpacked while they are loaded: a model that counts as quantised
-    could neither be trained nor saved.
+    In float32, or one of safetensors as `pipeline.lora.quantisation` says. The weights of a GGUF
+    file are unpacked while they are loaded: a model that counts as quantised could neither be
+    trained nor saved.
 
     Raises:
         UserError: no model could be loaded from there.
@@ -109,7 +110,7 @@ def load_origin(origin: Origin) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if origin.gguf_file is None:
-        return load_causal_lm(origin.path)
+        return load_causal_lm(origin.path, quantisation=quantisation)
     return _load(
         AutoModelForCausalLM,
         origin.path,
@@ -248,6 +249,12 @@ def _check_ids(tokenizer: Any, config: Path) -> None:
         f"{config.parent}: the tokenizer has a token of id {highest}, and a model of it {rows} "
         "rows of embeddings",
     )
+
+
+def take_constants(model: Any, config: Any) -> None:
+    """Gives a reward model the normalisation constants of a configuration."""
+    for name in ("reward_mean", "reward_std"):
+        setattr(model.config, name, getattr(config, name))
 
 
 def take_raw_scores(model: Any) -> None:

@@ -1,11 +1,25 @@
 """Progress bars: shown on the main process, with rate and time left."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 from pipeline.distributed import is_main
 
 T = TypeVar("T")
+
+_HIDDEN = ContextVar("hidden", default=False)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Shows no bars of what is done within, as where work is only rehearsed."""
+    token = _HIDDEN.set(True)
+    try:
+        yield
+    finally:
+        _HIDDEN.reset(token)
 
 
 def progress(
@@ -27,7 +41,7 @@ def progress(
         total=total,
         initial=initial,
         desc=description,
-        disable=not is_main(),
+        disable=_HIDDEN.get() or not is_main(),
         dynamic_ncols=True,
         leave=leave,
         mininterval=0.5,

@@ -25,7 +25,7 @@ from pipeline.terminal import start_logging
 
 if TYPE_CHECKING:
     from pipeline.doctor.machine import Machine
-    from pipeline.doctor.needs import Need
+    from pipeline.doctor.need import Need
     from pipeline.doctor.recipe import Recipe
 
 log = logging.getLogger("stages.doctor")
@@ -159,7 +159,7 @@ def run(config: Config) -> int:
         def attempt(words: list[str]) -> "Need":
             return planner.need(need.stage, stage_configs(config, *words))
 
-        return mend(need.stage, recipe.configs[need.stage], attempt=attempt)
+        return mend(need.stage, recipe.configs, attempt=attempt)
 
     mending = {need.stage: mended(need) for need in needs if not need.fits}
     findings = examine(recipe, machine, needs, copy=planner.copy_bytes)

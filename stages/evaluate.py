@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.evaluation.judge import Policies, Prompts, Said
+    from pipeline.evaluation.loading import Loader
     from pipeline.evaluation.records import Record
     from pipeline.evaluation.sampling import Sampling
     from pipeline.reward.reading import Reading
@@ -107,6 +108,10 @@ class Config(StageConfig):
     """Resamples of conversations behind every 95% interval."""
     text_rows: int = 128
     """Rows of held-out text on which the alignment tax is measured."""
+    on_one_base: bool = False
+    """Read SFT, PPO and the reward model as ppo with roles lora held them: adapters on one frozen
+    base, in 4 bits where its lora.quantise says so; then the pretrained model is too. It takes less
+    memory; from the merged models that the folders hold they differ by rounding."""
     best_of: BestOf = field(default_factory=BestOf)
     """Control: best-of-n of SFT."""
     targets: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
@@ -178,23 +183,17 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
 
 
 def hear(
-    parents: Mapping[str, Artifact],
+    models: "Loader",
     prompts: "Prompts",
     config: Config,
     *,
     sampling: "Sampling",
     tokenizer: "PreTrainedTokenizerFast",
-    device: Any,
 ) -> "tuple[Said, dict[str, float] | None]":
     """Returns what both policies say to this process's prompts, and the alignment tax."""
-    from pipeline.evaluation.judge import Policies, converse
-    from pipeline.evaluation.loading import load_reader
+    from pipeline.evaluation.judge import converse
 
-    policies = Policies(
-        sft=load_reader(parents["sft"], device=device),
-        ppo=load_reader(parents["ppo"], device=device),
-        tokenizer=tokenizer,
-    )
+    policies = models.policies(tokenizer)
     said = converse(
         policies,
         prompts=prompts.only(range(rank(), len(prompts.rows), world_size())),
@@ -202,41 +201,36 @@ def hear(
         draws=max(config.best_of.sizes, default=0),
         draw_rows=config.draw_rows,
     )
-    return said, measure_tax(policies, parents, config)
+    return said, measure_tax(policies, models.parents, config)
 
 
 def measure(
-    parents: Mapping[str, Artifact], prompts: "Prompts", config: Config, *, device: Any
+    models: "Loader", prompts: "Prompts", config: Config
 ) -> "tuple[list[Record], dict[str, Any]]":
     """Returns the records of all processes in the order of the prompts, and what else was measured.
 
     Models are loaded one after the other, PPO's beside SFT's.
     """
     from pipeline.evaluation.judge import batching_of, judged, surprises
-    from pipeline.evaluation.loading import load_reader, load_scorer, read_tokenizers
+    from pipeline.evaluation.loading import read_tokenizers, scorer_by
     from pipeline.evaluation.sampling import Sampling
     from pipeline.parallel import choose_workers
 
+    parents = models.parents
     tokenizer, reading = read_tokenizers(parents)
     sampling = Sampling(
         seed=config.seed,
         max_response_tokens=parents["ppo"].config["max_response_tokens"],
         batch_size=config.batch_size,
-        workers=choose_workers(0, device),
+        workers=choose_workers(0, models.device),
     )
-    said, tax = hear(
-        parents, prompts, config, sampling=sampling, tokenizer=tokenizer, device=device
-    )
-    pretrain = load_reader(parents["pretrain"], device=device)
+    said, tax = hear(models, prompts, config, sampling=sampling, tokenizer=tokenizer)
+    pretrain = models.pretrained()
     nll = surprises(pretrain, said, batching=batching_of(tokenizer, sampling))
     del pretrain
-    reward, scorer = load_scorer(
-        parents["reward"],
-        prompts,
-        reading=reading,
-        tokenizer=tokenizer,
-        device=device,
-        batch_size=config.batch_size,
+    reward = models.reward_model()
+    scorer = scorer_by(
+        reward, prompts, reading=reading, tokenizer=tokenizer, batch_size=config.batch_size
     )
     shares = gather_objects(judged(said, nll=nll, scorer=scorer))
     records = sorted((record for share in shares for record in share), key=lambda one: one.row)
@@ -328,16 +322,20 @@ def run(config: Config) -> None:
     if config.generate.model:
         generate_in_bulk(config, device=accelerator.device)
         return
+    from pipeline.evaluation.loading import Loader, base_of
+
     parents = {
         name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
     }
     prompts, num_left_out = held_out_prompts(parents, num_prompts=config.num_prompts)
+    lora = base_of(parents["ppo"], parents["reward"]) if config.on_one_base else None
     with begin(config, stage="evaluate", kind="report", parents=parents) as stage:
         from pipeline.evaluation.comparison import compare
         from pipeline.evaluation.markdown import headline, results_markdown
         from pipeline.evaluation.targets import figures
 
-        records, measured = measure(parents, prompts, config, device=accelerator.device)
+        models = Loader(parents=parents, device=accelerator.device, lora=lora)
+        records, measured = measure(models, prompts, config)
         results = compare(
             records,
             sizes=config.best_of.sizes,
@@ -349,6 +347,7 @@ def run(config: Config) -> None:
             "max_response_tokens": parents["ppo"].config["max_response_tokens"],
             "targets": config.targets,
             "prompts_left_out": num_left_out,
+            **({"on_one_base": lora.quantise} if lora else {}),
         }
         flat = figures(results)
         stage.log(0, {f"evaluate/{name}": value for name, value in flat.items()})

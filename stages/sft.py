@@ -60,7 +60,7 @@ def load_model(config: Config, path: Path) -> "PreTrainedModel":
     """Returns the pretrained model, once its context holds the longest row."""
     from pipeline.models import load_causal_lm
 
-    model = load_causal_lm(path, quantisation=quantisation(config.lora))
+    model = load_causal_lm(path, quantisation=quantisation(config.lora.quantise))
     if not fits(model.config, config.max_length):
         raise UserError(
             f"max_length: {config.max_length} is longer than the context of "

@@ -57,14 +57,14 @@ def test_an_adapter_by_hand(tmp_path):
 
 
 def test_four_bits_need_bitsandbytes(monkeypatch):
-    assert quantisation(LoRA(rank=4)) is None
+    assert quantisation("none") is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match="lora.quantise: 4bit needs bitsandbytes, .* set it to none"
     ):
-        quantisation(LoRA(rank=4, quantise="4bit"))
+        quantisation("4bit")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here")
-    config = quantisation(LoRA(rank=4, quantise="4bit"))
+    config = quantisation("4bit")
     assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "nf4")
     assert set(config.llm_int8_skip_modules) == {"lm_head", "score"}
 
@@ -73,12 +73,13 @@ def test_four_bits_train_an_adapter_on_a_frozen_base(tmp_path):
     pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
     tiny_llama().save_pretrained(tmp_path)
     lora = LoRA(rank=4, quantise="4bit")
-    base = load_causal_lm(tmp_path, quantisation=quantisation(lora))
+    base = load_causal_lm(tmp_path, quantisation=quantisation(lora.quantise))
     packed = base.model.layers[0].self_attn.q_proj.weight
     before, logits = packed.clone(), tiny_llama()(IDS).logits
     assert packed.dtype == torch.uint8
     assert 0 < (base(IDS).logits - logits).abs().max() < 0.5 * logits.std()
     wrapped = with_adapter(base, lora, task="CAUSAL_LM", seed=3)
+    wrapped.train()  # as trainers do; else bitsandbytes sorts codes anew on some processors
     wrapped(IDS, labels=IDS).loss.backward()
     trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     assert trained

@@ -186,6 +186,12 @@ def roles_of(
     return Roles(policy, reference.requires_grad_(False), reward_model, value)
 
 
+def policies_on_one_base(blueprint: Blueprint, lora: LoRA) -> tuple[AdaptedPolicy, AdaptedPolicy]:
+    """Returns SFT and PPO as `pipeline.evaluation.loading` loads them on one base."""
+    base = _Base(blueprint, {"policy": lora})
+    return AdaptedPolicy(base, adapter=None), AdaptedPolicy(base, adapter="policy")
+
+
 def _on_one_base(blueprint: Blueprint, loras: tuple[LoRA, LoRA], *, critic: bool) -> Roles:
     lora, reward_lora = loras
     names = ["value", "reward"] if critic else ["reward"]

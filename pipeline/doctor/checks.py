@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pipeline.checkpoint import POINT_COPIES
 from pipeline.circumstances import LIBRARIES
+from pipeline.doctor.dividing import refuses, shares_base
 from pipeline.doctor.machine import Machine
-from pipeline.doctor.needs import Need
+from pipeline.doctor.need import Need
 from pipeline.doctor.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.tokenizer import decode_response, encode_conversation, encode_prompt, encode_response
@@ -48,7 +49,8 @@ def examine(
         copy: bytes of one model in float32.
     """
     found: list[Finding] = []
-    for look in (architecture, tokens, agreement, batches, contexts, sharding, libraries, tracking):
+    looks = (architecture, tokens, agreement, batches, contexts, sharding, one_base, libraries)
+    for look in (*looks, tracking):
         try:
             found += look(recipe, machine)
         except UserError as error:
@@ -168,15 +170,28 @@ def contexts(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
 def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     """Yields which stages cannot divide their models, where they are to."""
     kind = machine.sharding.kind
-    if kind == "none":
-        return
-    divides = kind == "fsdp" and recipe.configs["ppo"].roles == "separate"
-    for stage in ["evaluate"] if divides else ["ppo", "evaluate"]:
+    for stage in (*TRAINED, "ppo", "evaluate"):
+        if stage not in recipe.configs or not refuses(stage, recipe.configs, kind=kind):
+            continue
         yield Finding(
             "wrong",
             f"{stage} of {recipe.name} keeps its models whole and refuses {kind}. Run it with "
             "configs/accelerate/ddp.yaml",
         )
+
+
+def one_base(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
+    """Yields whether evaluate finds the adapters that it is to read on one base."""
+    if not recipe.configs["evaluate"].on_one_base:
+        return
+    found = shares_base(recipe.configs)
+    yield Finding(
+        "good" if found else "wrong",
+        "evaluate reads the adapters of ppo and reward on one base"
+        if found
+        else "evaluate: on_one_base needs ppo.roles lora and reward.lora.rank above 0. Set it to "
+        "false, or these",
+    )
 
 
 def libraries(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
@@ -189,8 +204,8 @@ def libraries(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
         f"{', '.join(other)}. Run: make install" if other else "libraries are the tested versions"
     )
     yield Finding("wrong" if other else "good", text)
-    configs = recipe.configs.values()
-    four_bit = any(getattr(getattr(c, "lora", None), "quantise", "none") == "4bit" for c in configs)
+    settings = [getattr(config, "lora", config) for config in recipe.configs.values()]
+    four_bit = any(getattr(one, "quantise", "none") == "4bit" for one in settings)
     needed = {"bitsandbytes": four_bit, "deepspeed": machine.sharding.kind.startswith("zero")}
     for name in [name for name, is_needed in needed.items() if is_needed]:
         if importlib.util.find_spec(name) is None:

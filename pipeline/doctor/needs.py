@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,25 +10,27 @@ import torch
 
 from pipeline.distributed import num_cores
 from pipeline.doctor.blueprint import Blueprint
+from pipeline.doctor.dividing import keeps_whole, shares_base
+from pipeline.doctor.evaluating import rehearse_policies, rehearse_pretrained, rehearse_scoring
 from pipeline.doctor.ledger import Ledger
-from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
+from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine, Sharding
+from pipeline.doctor.need import Need, Peak
 from pipeline.doctor.rehearsal import (
     Passes,
     Replies,
     rankings,
     rehearse_generation,
     rehearse_language_model,
-    rehearse_policies,
+    rehearse_measuring,
     rehearse_ppo,
-    rehearse_pretrained,
     rehearse_reward,
-    rehearse_scoring,
     training_rows,
 )
-from pipeline.doctor.seen import Rehearsal, Role, reply_seconds
+from pipeline.doctor.seen import Rehearsal, reply_seconds
 from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
+from pipeline.progress import without_bars
 
 LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.53,
              "evaluate": 0.59}  # fmt: skip
@@ -40,59 +42,6 @@ GENERATED = 256
 """Most rows that are generated together (`pipeline.ppo.rollout.generate`)."""
 PROMPT_SHARE = 0.25
 """Share of a text that is taken for its prompt, where settings bound both together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peak:
-    """Bytes of one device at a moment of a stage."""
-
-    moment: str
-    weights: float = 0.0
-    gradients: float = 0.0
-    optimizer: float = 0.0
-    working: float = 0.0
-
-    @property
-    def live(self) -> float:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.working
-
-
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """What a stage needs.
-
-    Attributes:
-        stage: its name.
-        peak: the moment that takes most.
-        base: bytes of libraries, and what the allocator holds beyond live tensors.
-        room: bytes that there are.
-        seconds: of one unit.
-        unit: step, update, or run.
-        units: how many there will be; 0 where the rows decide.
-        trained: bytes of the weights that move.
-        roles: of ppo.
-    """
-
-    stage: str
-    peak: Peak
-    base: float
-    room: float
-    seconds: float
-    unit: str
-    units: int = 0
-    trained: float = 0.0
-    roles: Mapping[str, Role] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        """Bytes of one process on its device."""
-        return self.peak.live + self.base
-
-    @property
-    def fits(self) -> bool:
-        """Whether there is room."""
-        return self.total <= self.room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +61,17 @@ class Planner:
     def need(self, stage: str, configs: Mapping[str, Any]) -> Need:
         """Returns what a stage needs with these settings of it and of the others."""
         config = configs[stage]
-        if stage == "pretrain":
-            return self._pretrain(config)
-        if stage == "sft":
-            return self._sft(config)
+        if keeps_whole(stage, configs, kind=self.machine.sharding.kind):
+            machine = replace(self.machine, sharding=Sharding())
+            return replace(self, machine=machine).need(stage, configs)
+        if stage == "pretrain" and config.take_as_is:
+            return self._measured(config)
+        if stage in ("pretrain", "sft"):
+            return self._language_model(stage, config)
         if stage == "ppo":
             return self._ppo(config, configs["reward"])
         if stage == "evaluate":
-            return self._evaluate(config, configs["ppo"])
+            return self._evaluate(config, configs)
         return self._reward(config, stage)
 
     def rehearse(self, act: Callable[[Blueprint, Ledger], Rehearsal]) -> Rehearsal:
@@ -129,7 +81,7 @@ class Planner:
 
     def _act(self, act: Callable[[Blueprint, Ledger], Rehearsal], layers: int) -> Rehearsal:
         ledger = Ledger(self.machine.rates)
-        with ways_of(ledger, is_gpu=self.machine.is_gpu):
+        with ways_of(ledger, is_gpu=self.machine.is_gpu), without_bars():
             return act(self.blueprint.of_depth(layers), ledger)
 
     @cached_property
@@ -147,33 +99,25 @@ class Planner:
             return "fp32" if wanted == "fp32" else "bf16"
         return choose_precision(wanted)
 
-    def _pretrain(self, config: Any) -> Need:
-        training = None if config.take_as_is else config.training
-        rehearsal = self.rehearse(
-            lambda blueprint, ledger: rehearse_language_model(
-                blueprint,
-                ledger,
-                training=training,
-                lora=NO_LORA,
-                batch=training_rows(config.training.microbatch_size, config.sequence_length),
-                passes=self._passes(config),
-            )
-        )
+    def _measured(self, config: Any) -> Need:
+        batch = training_rows(config.training.microbatch_size, config.sequence_length)
+        quantised = config.quantise == "4bit"
+        rehearsal = self.rehearse(partial(rehearse_measuring, batch=batch, quantised=quantised))
+        seconds = rehearsal.moments["validation"].seconds
         peaks = [self._peak(rehearsal, "validation")]
-        if training is None:
-            seconds = rehearsal.moments["validation"].seconds
-            return self._most("pretrain", peaks, seconds=seconds, unit="batch")
-        peaks += self._training(rehearsal, training)
-        return self._steps("pretrain", rehearsal, training, peaks)
+        return self._most("pretrain", peaks, seconds=seconds, unit="batch")
 
-    def _sft(self, config: Any) -> Need:
+    def _language_model(self, stage: str, config: Any) -> Need:
+        adapted = stage == "sft"
+        lora = config.lora if adapted else NO_LORA
+        length = config.max_length if adapted else config.sequence_length
         rehearsal = self.rehearse(
             lambda blueprint, ledger: rehearse_language_model(
                 blueprint,
                 ledger,
                 training=config.training,
-                lora=config.lora,
-                batch=training_rows(config.training.microbatch_size, config.max_length),
+                lora=lora,
+                batch=training_rows(config.training.microbatch_size, length),
                 passes=self._passes(config),
             )
         )
@@ -181,7 +125,7 @@ class Planner:
             self._peak(rehearsal, "validation"),
             *self._training(rehearsal, config.training),
         ]
-        return self._steps("sft", rehearsal, config.training, peaks)
+        return self._steps(stage, rehearsal, config.training, peaks)
 
     def _reward(self, config: Any, stage: str) -> Need:
         texts, length = self.ranking, config.max_length
@@ -270,17 +214,24 @@ class Planner:
             roles=rehearsal.roles,
         )
 
-    def _evaluate(self, config: Any, ppo: Any) -> Need:
+    def _evaluate(self, config: Any, configs: Mapping[str, Any]) -> Need:
+        ppo, shared = configs["ppo"], config.on_one_base and shares_base(configs)
         replies = Replies(
             rows=config.batch_size, prompt=ppo.max_prompt_tokens, response=ppo.max_response_tokens
         )
+        quantised = shared and ppo.lora.quantise == "4bit"
+        scoring = configs["reward"].lora if shared else NO_LORA
         one_after_the_other = [
-            self.rehearse(partial(act, replies=replies))
-            for act in (rehearse_policies, rehearse_pretrained, rehearse_scoring)
+            self.rehearse(partial(act, replies=replies, **more))
+            for act, more in (
+                (rehearse_policies, {"lora": ppo.lora if shared else None}),
+                (rehearse_pretrained, {"quantised": quantised}),
+                (rehearse_scoring, {"quantised": quantised, "lora": scoring}),
+            )
         ]
         workers = 1 if self.machine.is_gpu else self._workers(config)
         peaks = [
-            self._peak(rehearsal, name, workers=workers)
+            self._peak(rehearsal, name, workers=1 if shared and name == "divergence" else workers)
             for rehearsal in one_after_the_other
             for name in rehearsal.moments
         ]

@@ -13,8 +13,6 @@ from torch import Tensor
 from pipeline.doctor.blueprint import Blueprint, roles_of
 from pipeline.doctor.ledger import Ledger, hollow
 from pipeline.doctor.seen import Rehearsal, Stage
-from pipeline.evaluation.alignment_tax import rows_per_pass
-from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from pipeline.fitting import mean_nll, prefer_fast_attention
 from pipeline.language_loss import labelled_nll, plain_head
 from pipeline.lora import LoRA, with_adapter
@@ -79,7 +77,7 @@ def rehearse_language_model(
     blueprint: Blueprint,
     ledger: Ledger,
     *,
-    training: Training | None,
+    training: Training,
     lora: LoRA,
     batch: dict[str, Tensor],
     passes: Passes,
@@ -89,7 +87,7 @@ def rehearse_language_model(
     Args:
         blueprint: of the model.
         ledger: that counts.
-        training: of the stage; None where the model is only measured.
+        training: of the stage.
         lora: adapters, if any.
         batch: of a pass.
         passes: how they are made.
@@ -97,7 +95,7 @@ def rehearse_language_model(
     model = blueprint.causal_lm(quantised=lora.quantise == "4bit")
     trained = _adapted(model, lora, task="CAUSAL_LM", recomputes=passes.recomputes)
     if blueprint.packs:  # on a processor
-        prefer_fast_attention(trained, bf16=passes.bf16 and training is not None)
+        prefer_fast_attention(trained, bf16=passes.bf16)
     stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
@@ -107,11 +105,21 @@ def rehearse_language_model(
         return trained(**batch, use_cache=False).loss
 
     with ledger:
-        if training is not None:
-            optimizer = build_optimizer(trained, training)
-            stage.settle([optimizer], foreach=not blueprint.packs)
-            _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
+        optimizer = build_optimizer(trained, training)
+        stage.settle([optimizer], foreach=not blueprint.packs)
+        _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
         stage.observe("validation", lambda: mean_nll(trained, [batch]))
+    return stage.seen()
+
+
+def rehearse_measuring(
+    blueprint: Blueprint, ledger: Ledger, *, batch: dict[str, Tensor], quantised: bool
+) -> Rehearsal:
+    """Returns what pretrain does with a model that it takes as it is: validation."""
+    model = hollow(blueprint.causal_lm(quantised=quantised))
+    stage = Stage(ledger, {"model": model})
+    with ledger:
+        stage.observe("validation", lambda: mean_nll(model, [batch]))
     return stage.seen()
 
 
@@ -216,11 +224,12 @@ def rehearse_generation(
     model = blueprint.reader(blueprint.causal_lm(quantised=quantised))
     stage = Stage(ledger, {"model": model})
     with ledger:
-        _rehearse_replies(stage, model, replies, precision="fp32")
+        rehearse_replies(stage, model, replies, precision="fp32")
     return stage.seen()
 
 
-def _rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: str) -> None:
+def rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: str) -> None:
+    """Notes the reading of prompts, and the steps of the first tokens and of the last."""
     with precision_context(precision, CPU):
         numbers = torch.zeros(replies.rows, 1)
         stage.observe(
@@ -312,7 +321,7 @@ def rehearse_ppo(
         stage.settle(list(optimizers), foreach=not blueprint.packs)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        _rehearse_replies(stage, four.policy, replies, precision=settings.precision)
+        rehearse_replies(stage, four.policy, replies, precision=settings.precision)
         kept: list[Any] = []
         stage.observe("measure", lambda: kept.append(trainer.measure(prompts, sampled)))
         experience = kept.pop()
@@ -323,45 +332,3 @@ def rehearse_ppo(
         )
         stage.observe("text", lambda: trainer.text_perplexity(text))
     return stage.seen()
-
-
-def rehearse_policies(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
-    """Returns what evaluate does with SFT and PPO: replies, divergence, text."""
-    sft, ppo = (blueprint.reader(blueprint.causal_lm()) for _ in range(2))
-    stage = Stage(ledger, {"sft": sft, "ppo": ppo})
-    length = replies.prompt + replies.response
-    text = training_rows(rows_per_pass(length, vocabulary=sft.config.vocab_size), length)
-    with ledger:
-        _rehearse_replies(stage, sft, replies, precision="fp32")
-        stage.observe("divergence", lambda: divergence(ppo, reference=sft, **_said(replies)))
-        stage.observe("text", lambda: mean_nll(sft, [text]))
-    return stage.seen()
-
-
-def rehearse_pretrained(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
-    """Returns what evaluate does with the pretrained model, which reads replies."""
-    model = blueprint.reader(blueprint.causal_lm())
-    stage = Stage(ledger, {"pretrain": model})
-    with ledger:
-        stage.observe("likelihood", lambda: negative_log_likelihood(model, **_said(replies)))
-    return stage.seen()
-
-
-def rehearse_scoring(blueprint: Blueprint, ledger: Ledger, replies: Replies) -> Rehearsal:
-    """Returns what evaluate does with the reward model, which scores replies."""
-    model = blueprint.reader(blueprint.classifier())
-    stage = Stage(ledger, {"reward": model})
-    texts = [prompt + [WORD] * replies.response for prompt in replies.prompts]
-    with ledger:
-        stage.observe(
-            "scores", lambda: raw_scores(model, texts, pad_id=PAD, batch_size=replies.rows)
-        )
-    return stage.seen()
-
-
-def _said(replies: Replies) -> dict[str, Any]:
-    return {
-        "prompts": replies.prompts,
-        "responses": [[WORD] * replies.response] * replies.rows,
-        "batching": Batching(pad_id=PAD, batch_size=replies.rows),
-    }

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.doctor.checks import Finding
 from pipeline.doctor.machine import GB, Machine
-from pipeline.doctor.needs import Need
+from pipeline.doctor.need import Need
 from pipeline.doctor.recipe import Recipe
 
 SIGNS = {"good": "ok", "wrong": "NO", "unknown": "--"}

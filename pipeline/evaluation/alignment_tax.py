@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.corpus import read_optional_corpus, stack
-from pipeline.fitting import mean_nll
+from pipeline.fitting import nll_as_it_is
 from pipeline.spacing import evenly_spaced
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def alignment_tax(
     the rows. None where the run has no text, or less than a row.
 
     Args:
-        sft: causal LM.
-        ppo: causal LM of the same vocabulary.
+        sft: causal LM in evaluation mode, or a role that reads through one.
+        ppo: the same, of the same vocabulary.
         text: file of text rows of a split that no stage has read.
         tokenizer: of both.
         length: tokens of a packed row, at least 2.
@@ -47,7 +47,7 @@ def alignment_tax(
     chosen = [corpus.rows[index] for index in evenly_spaced(len(corpus.rows), num_rows)]
     size = rows_per_pass(length, vocabulary=sft.config.vocab_size)
     batches = [stack(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-    before, after = (math.exp(mean_nll(model, batches)[0]) for model in (sft, ppo))
+    before, after = (math.exp(nll_as_it_is(model, batches)[0]) for model in (sft, ppo))
     return {"sft": before, "ppo": after, "ratio": after / before}
 
 

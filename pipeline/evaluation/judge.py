@@ -5,7 +5,8 @@ there longer than that.
 """
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,11 +21,19 @@ from pipeline.tokenizer import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Policies:
-    """The two that are held against each other; they have one vocabulary."""
+    """The two that are held against each other; they have one vocabulary.
 
-    sft: PreTrainedModel
-    ppo: PreTrainedModel
+    Attributes:
+        sft: causal LM, or a role that reads through one.
+        ppo: the same.
+        tokenizer: of both.
+        on_one_base: whether they are roles on one base, which reads by one adapter at a time.
+    """
+
+    sft: Any
+    ppo: Any
     tokenizer: PreTrainedTokenizerBase
+    on_one_base: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +100,7 @@ def converse(
     if not prompts.rows:
         return Said(prompts=prompts)
 
-    def replies(policy: PreTrainedModel, some: Prompts, draw: int) -> list[Reply]:
+    def replies(policy: Any, some: Prompts, draw: int) -> list[Reply]:
         return sample(
             policy,
             tokenizer=policies.tokenizer,
@@ -105,6 +114,7 @@ def converse(
     some = prompts.only(draw_rows)
     further: dict[int, list[Reply]] = {row: [] for row in some.rows}
     numbers = range(1, draws + 1) if some.rows else range(0)
+    batching = batching_of(policies.tokenizer, sampling)
     for draw in progress(numbers, total=len(numbers), description="best-of-n"):
         for row, reply in zip(some.rows, replies(policies.sft, some, draw), strict=True):
             further[row].append(reply)
@@ -117,7 +127,7 @@ def converse(
             reference=policies.sft,
             prompts=prompts.tokens,
             responses=[reply.tokens for reply in ppo],
-            batching=batching_of(policies.tokenizer, sampling),
+            batching=replace(batching, workers=1) if policies.on_one_base else batching,
         ),
         draws=further,
     )

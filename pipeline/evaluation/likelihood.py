@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pipeline.attention import is_packed
 from pipeline.models import by_length
@@ -44,9 +44,9 @@ class Batching:
 
 
 def divergence(
-    policy: PreTrainedModel,
+    policy: Any,
     *,
-    reference: PreTrainedModel,
+    reference: Any,
     prompts: TokenIds,
     responses: TokenIds,
     batching: Batching,
@@ -54,8 +54,9 @@ def divergence(
     """Returns the divergence of the policy from the reference, response by response.
 
     Args:
-        policy: the model that wrote the responses, at temperature 1.
-        reference: the model it is held against; same vocabulary.
+        policy: the model that wrote the responses, at temperature 1, or a role that reads through
+            one. Two roles on one base take `batching.workers` 1: each switches what it reads by.
+        reference: the same of what it is held against; same vocabulary.
         prompts: token ids, one list a row.
         responses: token ids, one list a row, EOS included where the response ended.
         batching: how the rows are put together.
@@ -74,7 +75,7 @@ def divergence(
 
 
 def negative_log_likelihood(
-    model: PreTrainedModel, *, prompts: TokenIds, responses: TokenIds, batching: Batching
+    model: Any, *, prompts: TokenIds, responses: TokenIds, batching: Batching
 ) -> Float[Tensor, " row"]:
     """Returns -log P(response | prompt) in nats, EOS included where the response ended."""
 
@@ -85,7 +86,7 @@ def negative_log_likelihood(
     return _summed(surprise, prompts, responses, batching=batching, packed=is_packed(model))[0]
 
 
-def _states(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "token width"]:
+def _states(model: Any, batch: Batch) -> Float[Tensor, "token width"]:
     return response_states(model, batch.to(model.device))
 
 

@@ -65,7 +65,7 @@ def results_markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             "# SFT against PPO",
-            ABOUT,
+            " ".join([ABOUT, *_how_models_were_read(results.get("on_one_base"))]),
             table(["figure", "target", "value", "met"], targets),
             table(
                 ["", "SFT", "PPO"],
@@ -75,6 +75,14 @@ def results_markdown(results: Mapping[str, Any]) -> str:
             equal_kl_sentence(results["equal_kl"]),
         ]
     )
+
+
+def _how_models_were_read(quantise: str | None) -> list[str]:
+    """Returns a sentence where models were not read as their folders hold them."""
+    if quantise is None:
+        return []
+    bits = "" if quantise == "none" else ", in 4 bits as the pretrained model was"
+    return [f"SFT, PPO and the reward model were read as adapters on one base{bits}."]
 
 
 def _policy_rows(policies: Mapping[str, Any]) -> list[list[str]]:

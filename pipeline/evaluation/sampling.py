@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ class Reply:
 
 
 def sample(
-    model: PreTrainedModel,
+    model: Any,
     *,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
@@ -55,7 +56,7 @@ def sample(
     and rows differ only by what they would say, and the work can be cut between processes.
 
     Args:
-        model: causal language model.
+        model: causal language model, or a role that reads through one.
         tokenizer: its tokenizer.
         prompts: prompt token ids, ending where the reply starts.
         rows: number of each prompt among all prompts of the evaluation.

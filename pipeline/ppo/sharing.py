@@ -29,7 +29,7 @@ from pipeline.lora import (
     quiet_about_old_names,
     write_adapter,
 )
-from pipeline.models import load_causal_lm
+from pipeline.models import load_causal_lm, take_constants
 from pipeline.ppo.experience import Roles
 from pipeline.pretrained import from_pretrained
 from pipeline.streams import stream
@@ -95,7 +95,7 @@ class SharedBase:
 
     def __init__(self, folder: Path, *, lora: LoRA, device: Any) -> None:
         self.folder = folder
-        self.model = load_causal_lm(folder, quantisation=quantisation(lora)).to(device)
+        self.model = load_causal_lm(folder, quantisation=quantisation(lora.quantise)).to(device)
         pack(self.model)
         with quiet_about_old_names():
             config = adapter_config(lora, self.model, task="CAUSAL_LM")
@@ -109,12 +109,17 @@ class SharedBase:
         config = PeftConfig.from_pretrained(adapter)
         config.modules_to_save = None  # the role holds its head itself
         self.peft.add_adapter(name, config)
-        weights = load_file(adapter / "adapter_model.safetensors")
-        weights.pop(HEAD)
-        set_peft_model_state_dict(self.peft, weights, adapter_name=name)
+        self.take(name, adapter)
         self.moving += [name] if moves else []
-        self.model.eval()
         self._switch("policy")
+
+    def take(self, name: str, adapter: Path) -> None:
+        """Gives an adapter that is in the weights of a folder's, but for a head."""
+        check_adapter(adapter)
+        weights = load_file(adapter / "adapter_model.safetensors")
+        weights.pop(HEAD, None)
+        set_peft_model_state_dict(self.peft, weights, adapter_name=name)
+        self.model.eval()  # peft makes adapters in training mode
 
     def through(self, name: str | None) -> Any:
         """Returns the model once it reads through this adapter; None: through none."""
@@ -236,8 +241,7 @@ class AdaptedScorer:
         write_adapter(folder / ADAPTER, config, weights, base=self.base.folder)
         pad_id = self.config.pad_token_id
         model = merged(reward_model_from(self.base.folder, pad_id=pad_id, seed=0), folder / ADAPTER)
-        for name in ("reward_mean", "reward_std"):
-            setattr(model.config, name, getattr(self.config, name))
+        take_constants(model, self.config)
         model.save_pretrained(folder)
 
 

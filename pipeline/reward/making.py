@@ -12,7 +12,7 @@ from pipeline.distributed import world_size
 from pipeline.errors import UserError, told
 from pipeline.fitting import fit, merge_adapter, save_merged
 from pipeline.lora import quantisation, with_adapter
-from pipeline.models import choose_precision, load_causal_lm, load_tokenizer
+from pipeline.models import choose_precision, load_causal_lm, load_tokenizer, take_constants
 from pipeline.optim import build_optimizer
 from pipeline.origin import origin_commit
 from pipeline.pretrained import from_pretrained
@@ -64,7 +64,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
     texts = [row["prompt"] for row in read_rows(data, "prompts", split="train")]
     tokens = [encode_prompt(tokenizer, text) for text in texts]
     prompts, replies = sample_replies(
-        load_causal_lm(sft, quantisation=quantisation(config.lora)).to(device),
+        load_causal_lm(sft, quantisation=quantisation(config.lora.quantise)).to(device),
         tokens,
         tokenizer=tokenizer,
         normalisation=config.normalisation,
@@ -161,7 +161,7 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
         config.init_from or sft,
         pad_id=reading.tokenizer.pad_token_id,
         seed=config.seed,
-        quantisation=quantisation(config.lora),
+        quantisation=quantisation(config.lora.quantise),
     )
     average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
@@ -220,8 +220,7 @@ def untrained(config: RewardConfig, sft: Path, *, like: PreTrainedModel) -> PreT
     """Returns the model that training began with, in full precision, with another's constants."""
     origin, pad_id = config.init_from or sft, like.config.pad_token_id
     model = reward_model_from(origin, pad_id=pad_id, seed=config.seed)
-    for name in ("reward_mean", "reward_std"):
-        setattr(model.config, name, getattr(like.config, name))
+    take_constants(model, like.config)
     return model
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.doctor import checks, recipe
 from pipeline.doctor.machine import GPUS, Machine, Sharding
-from pipeline.doctor.needs import Need, Peak
+from pipeline.doctor.need import Need, Peak
 from pipeline.errors import UserError
 from pipeline.tokenizer import train_tokenizer
 from stages.doctor import Config, recipe_of
@@ -108,6 +108,8 @@ def test_rows_beyond_the_context_are_wrong():
 
 
 def test_stages_that_cannot_divide_their_models_are_named():
+    adapters = ("--ppo.roles=lora", "--ppo.lora.rank=4", "--reward.lora.rank=4")
+
     def named(kind, *words):
         found = list(checks.sharding(of(*words), machine(sharding=Sharding(kind=kind))))
         assert {one.state for one in found} <= {"wrong"}
@@ -115,8 +117,20 @@ def test_stages_that_cannot_divide_their_models_are_named():
 
     assert named("none") == []
     assert named("fsdp") == ["evaluate"]
-    assert named("fsdp", "--ppo.roles=lora", "--ppo.lora.rank=4") == ["ppo", "evaluate"]
+    assert named("fsdp", *adapters) == ["reward", "ppo", "evaluate"]
+    assert named("fsdp", "--sft.lora.rank=4") == ["sft", "evaluate"]
     assert named("zero3") == ["ppo", "evaluate"]
+    assert named("zero3", "--reward_guard.lora.rank=4") == ["reward_guard", "ppo", "evaluate"]
+
+
+def test_evaluate_on_one_base_needs_adapters_of_ppo_and_reward():
+    word = "--evaluate.on_one_base=true"
+    assert not list(checks.one_base(of(), machine()))
+    state, text = only(checks.one_base(of(word), machine()))
+    assert state == "wrong"
+    assert text.startswith("evaluate: on_one_base needs ppo.roles lora and reward.lora.rank above")
+    words = ("--ppo.roles=lora", "--ppo.lora.rank=4", "--reward.lora.rank=4", word)
+    assert only(checks.one_base(of(*words), machine()))[0] == "good"
 
 
 def test_other_libraries_than_the_tested_are_named(monkeypatch):
@@ -129,6 +143,11 @@ def test_other_libraries_than_the_tested_are_named(monkeypatch):
 
 def test_libraries_that_settings_need_are_looked_for(monkeypatch):
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    measured = of(
+        "--pretrain.quantise=4bit", "--pretrain.take_as_is=true", "--pretrain.init_from=a/b"
+    )
+    assert "bitsandbytes is not" in list(checks.libraries(measured, machine()))[-1].text
+    assert len(list(checks.libraries(of(), machine()))) == 1
     four_bit = of("--sft.lora.rank=4", "--sft.lora.quantise=4bit")
     found = list(checks.libraries(four_bit, machine(sharding=Sharding(kind="zero2"))))[1:]
     assert [one.text for one in found] == [

@@ -4,15 +4,18 @@ import dataclasses
 
 import pytest
 
-from pipeline.doctor.blueprint import Blueprint
+from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
 from pipeline.doctor.mending import changes, mend
-from pipeline.doctor.needs import Need, Peak, Planner
+from pipeline.doctor.need import Need, Peak
+from pipeline.doctor.needs import Planner
 from pipeline.doctor.seen import Moment, Rehearsal, reply_seconds
 from pipeline.lora import LoRA
 from pipeline.training import Training
 from stages.evaluate import Config as EvaluateConfig
 from stages.ppo import Config as PPOConfig
+from stages.pretrain import Config as PretrainConfig
+from stages.reward import Config as RewardConfig
 from stages.sft import Config as SFTConfig
 
 SEEN = Rehearsal(
@@ -77,14 +80,91 @@ def test_replies_take_a_step_a_token():
 
 def test_smaller_batches_are_tried_before_adapters():
     training = Training(minibatch_size=8, microbatch_size=4)
-    assert list(changes("sft", SFTConfig(training=training))) == [
+    assert list(changes("sft", {"sft": SFTConfig(training=training)})) == [
         ["--sft.training.microbatch_size=2"],
         ["--sft.training.microbatch_size=1"],
         ["--sft.training.microbatch_size=1", "--sft.lora.rank=16"],
     ]
-    assert list(changes("ppo", PPOConfig(microbatch_size=2)))[-1] == [
+    assert list(changes("ppo", {"ppo": PPOConfig(microbatch_size=2)}))[-1] == [
         "--ppo.microbatch_size=1", "--ppo.roles=lora", "--ppo.lora.rank=16", "--reward.lora.rank=16"
     ]  # fmt: skip
+
+
+ADAPTED = {
+    "ppo": PPOConfig(roles="lora", lora=LoRA(rank=4)),
+    "reward": RewardConfig(lora=LoRA(rank=4)),
+}
+TAKEN = PretrainConfig(
+    init_from="a/b", take_as_is=True, training=Training(minibatch_size=2, microbatch_size=2)
+)
+
+
+def test_models_are_read_on_one_base_or_in_4_bits_where_smaller_batches_do_not_help():
+    evaluate = EvaluateConfig(batch_size=2)
+    smaller, word = "--evaluate.batch_size=1", "--evaluate.on_one_base=true"
+    found = list(changes("evaluate", {**ADAPTED, "evaluate": evaluate}))
+    assert found == [[smaller], [word], [smaller, word]]
+    shared = dataclasses.replace(evaluate, on_one_base=True)
+    assert list(changes("evaluate", {**ADAPTED, "evaluate": shared})) == [[smaller]]
+    apart = ADAPTED | {"reward": RewardConfig(), "evaluate": evaluate}
+    assert list(changes("evaluate", apart)) == [[smaller]]
+
+
+def test_a_model_that_is_taken_as_it_is_may_be_measured_in_4_bits_unless_it_is_a_gguf_file():
+    smaller, word = "--pretrain.training.microbatch_size=1", "--pretrain.quantise=4bit"
+    assert list(changes("pretrain", {"pretrain": TAKEN})) == [[smaller], [word], [smaller, word]]
+    for more in ({"quantise": "4bit"}, {"init_from": "a.gguf"}):
+        other = dataclasses.replace(TAKEN, **more)
+        assert list(changes("pretrain", {"pretrain": other})) == [[smaller]]
+
+
+def small_planner(**sharding) -> Planner:
+    options = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "tie_word_embeddings": False,
+    }  # fmt: skip
+    blueprint = Blueprint(model_type="llama", options=options, packs=False)
+    machine = gpus("a100", processes=4, memory=0, sharding=Sharding(**sharding))
+    return Planner(blueprint=blueprint, machine=machine, ranking=2)
+
+
+def weights(stage: str, configs, **sharding) -> float:
+    return small_planner(**sharding).need(stage, configs).peak.weights
+
+
+def test_models_on_one_base_are_held_once_and_in_4_bits_less():
+    evaluate = EvaluateConfig(batch_size=2)
+    shared = dataclasses.replace(evaluate, on_one_base=True)
+    apart, once = (weights("evaluate", ADAPTED | {"evaluate": e}) for e in (evaluate, shared))
+    copy = small_planner().copy_bytes
+    assert apart == pytest.approx(2 * copy, rel=0.01)
+    adapter = 4 * 4 * (4 * 2 * 64 + 3 * (64 + 128)) * 4  # rank 4, four matrices and three, 4 layers
+    assert once == pytest.approx(copy + adapter, rel=0.01)
+    packed = PPOConfig(roles="lora", lora=LoRA(rank=4, quantise="4bit"))
+    assert weights("evaluate", ADAPTED | {"ppo": packed, "evaluate": shared}) < 0.6 * once
+    without = ADAPTED | {"ppo": PPOConfig(), "evaluate": shared}  # as the check tells
+    assert weights("evaluate", without) == apart
+
+
+def test_a_model_that_is_measured_in_4_bits_weighs_less():
+    packed = dataclasses.replace(TAKEN, quantise="4bit")
+    whole, less = (weights("pretrain", {"pretrain": one}) for one in (TAKEN, packed))
+    assert whole == pytest.approx(small_planner().copy_bytes, rel=0.01)
+    matrices = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert whole - less == pytest.approx((4 - PACKED_BYTES) * matrices, rel=0.001)
+
+
+def test_stages_that_do_not_divide_their_models_hold_them_whole():
+    fsdp = {"kind": "fsdp"}
+    adapters = {"sft": SFTConfig(lora=LoRA(rank=4), training=TRAINING)}
+    whole = {"sft": SFTConfig(training=TRAINING)}
+    assert weights("sft", whole, **fsdp) == weights("sft", whole) / 4
+    assert weights("sft", adapters, **fsdp) == weights("sft", adapters)
+    assert weights("pretrain", {"pretrain": TAKEN}, **fsdp) == weights(
+        "pretrain", {"pretrain": TAKEN}
+    )
+    configs = ADAPTED | {"evaluate": EvaluateConfig(batch_size=2)}
+    assert weights("evaluate", configs, **fsdp) == weights("evaluate", configs)
 
 
 def need(total: float) -> Need:
@@ -99,7 +179,8 @@ def test_the_first_change_that_fits_is_told():
         asked.append(words)
         return need(8e9 / len(asked))
 
-    told = mend("sft", SFTConfig(training=Training(microbatch_size=8)), attempt=attempt)
+    configs = {"sft": SFTConfig(training=Training(microbatch_size=8))}
+    told = mend("sft", configs, attempt=attempt)
     assert told == "it fits with --sft.training.microbatch_size=2: 4.0 GB"
 
 
@@ -108,11 +189,16 @@ def test_the_first_change_that_fits_is_told():
     [
         ("sft", SFTConfig(lora=LoRA(rank=4)), "divide the model over more GPUs"),
         ("ppo", PPOConfig(), "take a smaller model, or devices with more memory"),
-        ("evaluate", EvaluateConfig(), "on a processor: CUDA_VISIBLE_DEVICES= make evaluate"),
+        (
+            "evaluate",
+            EvaluateConfig(recipe="smoke"),
+            "on a processor: CUDA_VISIBLE_DEVICES= make evaluate RECIPE=smoke;",
+        ),
     ],
 )
 def test_where_nothing_helps_something_else_is_told(stage, config, words):
-    told = mend(stage, config, attempt=lambda _: need(9e9))
+    configs = {"ppo": PPOConfig(), "reward": RewardConfig(), stage: config}
+    told = mend(stage, configs, attempt=lambda _: need(9e9))
     assert "no smaller batch helps (9.0 GB)" in told
     assert words in told
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
+from pipeline.doctor.evaluating import rehearse_policies, rehearse_scoring
 from pipeline.doctor.ledger import Ledger
 from pipeline.doctor.machine import Rates
 from pipeline.doctor.rehearsal import (
@@ -14,7 +15,6 @@ from pipeline.doctor.rehearsal import (
     rankings,
     rehearse_generation,
     rehearse_language_model,
-    rehearse_policies,
     rehearse_ppo,
     rehearse_reward,
     training_rows,
@@ -169,6 +169,26 @@ def test_evaluation_holds_two_models_and_two_distributions():
     assert seen.weights == 2 * 4 * (LAYER + OUTSIDE) + 2 * BUFFERS
     both = 2 * 4 * 6 * WORDS * 4  # log-probabilities of all words at every reply token, twice
     assert seen.moments["divergence"].most > seen.weights + both
+
+
+def test_policies_on_one_base_are_one_model_and_an_adapter():
+    replies, lora = Replies(rows=4, prompt=8, response=6), LoRA(rank=2)
+    seen = rehearse_policies(BLUEPRINT.of_depth(1), ledger(), replies, lora=lora)
+    adapter = 4 * 2 * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))
+    assert seen.weights == 4 * (LAYER + OUTSIDE) + BUFFERS + adapter
+    assert {"prefill", "first token", "last token", "divergence", "text"} == set(seen.moments)
+
+
+def test_a_reward_model_in_4_bits_keeps_its_adapter_and_two_heads():
+    replies, lora = Replies(rows=4, prompt=8, response=6), LoRA(rank=2)
+    plain, whole, packed = (
+        rehearse_scoring(BLUEPRINT.of_depth(1), ledger(), replies, **more)
+        for more in ({}, {"lora": lora}, {"lora": lora, "quantised": True})
+    )
+    adapter = 4 * 2 * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))
+    assert whole.weights - plain.weights == adapter + 4 * WIDTH  # peft trains a copy of the head
+    saved = (4 - PACKED_BYTES) * (LAYER - 2 * WIDTH)
+    assert whole.weights - packed.weights == pytest.approx(saved, abs=25)
 
 
 def test_a_long_prompt_keeps_its_cache_alone_in_every_layer():

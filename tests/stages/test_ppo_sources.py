@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint import open_artifact
-from pipeline.evaluation.loading import load_scorer, read_tokenizers
+from pipeline.evaluation.loading import read_tokenizers, scorer_by
 from pipeline.models import load_reward_model, load_tokenizer
 from pipeline.storage import read_jsonl, sha256_file
 from pipeline.tokenizer import encode_response, train_tokenizer
@@ -165,9 +165,8 @@ def test_an_encoder_is_trained_on_the_rankings_and_rewards_ppo(run_dir, tmp_path
     parents["pretrain"] = parents["sft"]
     prompts, _ = evaluate.held_out_prompts(parents, num_prompts=2)
     _, reading = read_tokenizers(parents)
-    _, scorer = load_scorer(
-        parents["reward"], prompts, reading=reading, tokenizer=ours, device="cpu", batch_size=4
-    )
+    read = load_reward_model(run_dir / "reward")
+    scorer = scorer_by(read, prompts, reading=reading, tokenizer=ours, batch_size=4)
     assert reading.separator is not None
     replies = [encode_response(ours, "fine"), encode_response(ours, "thanks")]
     expected = [

@@ -310,6 +310,12 @@ def test_missing_or_short_text_is_refused(run_dir, parents):
         ({"sequence_length": 300, "context_length": 256}, "300 is longer than the model's"),
         ({"eval_rows": 0}, "eval_rows: must be at least 1, got 0"),
         ({"take_as_is": True}, "take_as_is: only with init_from"),
+        ({"quantise": "8bit"}, "quantise: must be none or 4bit, got '8bit'"),
+        ({"quantise": "4bit"}, "quantise: 4bit is for take_as_is; a model in 4 bits cannot be"),
+        (
+            {"quantise": "4bit", "take_as_is": True, "init_from": "a.gguf"},
+            "quantise: a.gguf is read in full precision alone; set it to none",
+        ),
         ({"dropout": 1.0}, r"dropout: must be in \[0, 1\), got 1.0"),
         ({"label_smoothing": -0.1}, r"label_smoothing: must be in \[0, 1\), got -0.1"),
     ],
