@@ -50,6 +50,7 @@ def read_corpus(
     tokenizer: "PreTrainedTokenizerFast",
     length: int,
     setting: str = "sequence_length",
+    more: Iterable[str] = (),
 ) -> Corpus:
     """Returns a file of text rows as packed rows.
 
@@ -58,13 +59,14 @@ def read_corpus(
         tokenizer: of the model that will read it.
         length: tokens of a row.
         setting: name of the setting that says so.
+        more: plain texts that come behind the file's.
 
     Raises:
         UserError: there is no such file, or it holds less than a row.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: the data stage made no text rows. Run: make data")
-    corpus = _packed(path, tokenizer=tokenizer, length=length)
+    corpus = _packed(path, tokenizer=tokenizer, length=length, more=more)
     require(bool(len(corpus.rows)), f"{_short_of_a_row(path, corpus)} {setting} {length}")
     return corpus
 
@@ -86,8 +88,10 @@ def read_optional_corpus(
     return None
 
 
-def _packed(path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int) -> Corpus:
-    documents = list(stage_rows(path, "text"))
+def _packed(
+    path: Path, *, tokenizer: "PreTrainedTokenizerFast", length: int, more: Iterable[str] = ()
+) -> Corpus:
+    documents = [*stage_rows(path, "text"), *({"text": text} for text in more)]
     tokens = encode_documents(tokenizer, documents)
     rows, dropped = pack(tokens, length=length)
     num_bytes = sum(len(text.encode()) for text in texts_of(documents))

@@ -17,6 +17,7 @@ from pipeline.command import command
 from pipeline.config import require
 from pipeline.context import context_of, fits
 from pipeline.corpus import Corpus, read_corpus, stack
+from pipeline.data.formats import iterate_rows, replies_of
 from pipeline.distributed import SHARDING, setup, world_size
 from pipeline.errors import UserError
 from pipeline.lora import quantisation
@@ -59,6 +60,9 @@ class Config(TrainingConfig):
     less memory of a device and needs bitsandbytes. What is saved is in full precision."""
     sequence_length: int = 128
     """Tokens of a packed training row."""
+    rated_passes: int = 0
+    """Passes over the replies that people rated (training split of preferences), as plain texts
+    behind those of the text rows: the reward model will have to know their words."""
     context_length: int = 0
     """Positions the model can read; 0 takes sequence_length. With init_from the model's own."""
     dropout: float = 0.0
@@ -83,6 +87,9 @@ class Config(TrainingConfig):
             "take_as_is: only with init_from; random weights must be trained",
         )
         self._check_quantise()
+        require(
+            self.rated_passes >= 0, f"rated_passes: must be at least 0, got {self.rated_passes}"
+        )
         require(self.eval_rows >= 1, f"eval_rows: must be at least 1, got {self.eval_rows}")
         for name in ("dropout", "label_smoothing"):
             value = getattr(self, name)
@@ -245,16 +252,23 @@ def validation_metrics(
 
 
 def read_text(
-    config: Config, run: StageRun, *, tokenizer: "PreTrainedTokenizerFast"
+    config: Config, data: Path, *, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[Corpus, Corpus]:
-    """Returns the text of train and of validation."""
+    """Returns the text of train, replies that people rated behind it, and that of validation."""
+    rated = (
+        text
+        for _ in range(config.rated_passes)
+        for row in iterate_rows(data, "preferences", split="train")
+        for text in replies_of(row)
+    )
     train, validation = (
         read_corpus(
-            run.parents["data"].path / f"text-{split}.parquet",
+            data / f"text-{split}.parquet",
             tokenizer=tokenizer,
             length=config.sequence_length,
+            more=more,
         )
-        for split in ("train", "validation")
+        for split, more in (("train", rated), ("validation", ()))
     )
     return train, validation
 
@@ -289,7 +303,7 @@ def train(
 ) -> tuple[Corpus, dict[str, int | float]]:
     """Returns the text that is trained on, and the headline figures; the folder holds the model."""
     model = build_model(config, tokenizer)
-    text, validation = read_text(config, run, tokenizer=tokenizer)
+    text, validation = read_text(config, run.parents["data"].path, tokenizer=tokenizer)
     trainer = build_trainer(config, model, tokenizer=tokenizer, corpus=text, run=run, bf16=bf16)
     speed, final = train_and_validate(config, trainer, validation=validation, run=run)
     parameters = model.num_parameters()
@@ -308,7 +322,7 @@ def take(
 
     with torch.random.fork_rng(devices=[]):  # what is saved draws the rows of new tokens alike
         model = build_model(config, tokenizer, quantise=config.quantise).to(device)
-    text, validation = read_text(config, run, tokenizer=tokenizer)
+    text, validation = read_text(config, run.parents["data"].path, tokenizer=tokenizer)
     final = validation_metrics(
         model,
         validation,

@@ -93,6 +93,12 @@ def row_texts(row: Row) -> list[str]:
     return [*prompts, *texts, *row.get("responses", [])]
 
 
+def replies_of(row: Row) -> list[str]:
+    """Returns the replies of a row of preferences: a ranking's, or a pair's."""
+    pair = [text for name in ("chosen", "rejected") if name in row for text in texts_of(row[name])]
+    return [*row.get("responses", []), *pair]
+
+
 class _BadRowError(ValueError):
     """What is wrong with a row, without the place."""
 

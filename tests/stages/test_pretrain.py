@@ -291,6 +291,30 @@ def test_a_non_finite_gradient_is_named():
         FiniteGradients().on_pre_optimizer_step(None, state, None, model=model)
 
 
+def test_replies_that_people_rated_are_read_behind_the_text(run_dir, parents):
+    from pipeline.data.formats import read_rows
+    from pipeline.models import load_tokenizer
+
+    tokenizer = load_tokenizer(parents / "tokenizer")
+    config = config_of(run_dir)
+    (plain, alone), (more, other) = (
+        pretrain.read_text(
+            replace(config, rated_passes=passes), run_dir / "data", tokenizer=tokenizer
+        )
+        for passes in (0, 2)
+    )
+    replies = [
+        text
+        for row in read_rows(run_dir / "data", "preferences", split="train")
+        for text in row["responses"]
+    ]
+    ids = [token for text in replies for token in tokenizer(text.strip()).input_ids]
+    assert more.num_documents == plain.num_documents + 2 * len(replies)
+    assert more.num_tokens == plain.num_tokens + 2 * (len(ids) + len(replies))  # and EOS of each
+    assert torch.equal(more.rows[: len(plain.rows)], plain.rows)
+    assert torch.equal(alone.rows, other.rows)
+
+
 def test_missing_or_short_text_is_refused(run_dir, parents):
     from pipeline.models import load_tokenizer
 
@@ -307,6 +331,7 @@ def test_missing_or_short_text_is_refused(run_dir, parents):
     ("settings", "message"),
     [
         ({"sequence_length": 1}, "sequence_length: must be at least 2, got 1"),
+        ({"rated_passes": -1}, "rated_passes: must be at least 0, got -1"),
         ({"sequence_length": 300, "context_length": 256}, "300 is longer than the model's"),
         ({"eval_rows": 0}, "eval_rows: must be at least 1, got 0"),
         ({"take_as_is": True}, "take_as_is: only with init_from"),
