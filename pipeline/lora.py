@@ -88,6 +88,20 @@ def quantisation(
     )
 
 
+def keep_differentiable(model: "PreTrainedModel") -> None:
+    """Keeps the codes of 4-bit layers in the order in which bitsandbytes can go backward.
+
+    On processors with AVX-512 and bfloat16 it sorts them anew when a layer is read in evaluation
+    mode, for a kernel without a backward pass, and from then on takes that kernel in training too:
+    adapters further down would get no gradient, with a warning at most.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def adapter_config(lora: LoRA, model: "PreTrainedModel", *, task: str) -> Any:
     """Returns peft's configuration of new adapters, which start as no change (B is 0).
 

@@ -14,6 +14,7 @@ from pipeline.config import require
 from pipeline.context import POSITIONS
 from pipeline.errors import UserError, told
 from pipeline.logprobs import wide
+from pipeline.lora import keep_differentiable
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
@@ -94,7 +95,10 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, quantization_config=quantisation)
+    model = _load(AutoModelForCausalLM, path, quantization_config=quantisation)
+    if quantisation is not None:
+        keep_differentiable(model)
+    return model
 
 
 def load_origin(origin: Origin, *, quantisation: Any = None) -> "PreTrainedModel":
@@ -186,6 +190,8 @@ def load_with_new_head(
         num_labels=1,
         quantization_config=quantisation,
     )
+    if quantisation is not None:
+        keep_differentiable(model)
     model.config.pad_token_id = pad_id
     model.config.id2label, model.config.label2id = {0: "score"}, {"score": 0}
     with torch.no_grad():

@@ -71,15 +71,17 @@ def test_four_bits_need_bitsandbytes(monkeypatch):
 
 def test_four_bits_train_an_adapter_on_a_frozen_base(tmp_path):
     pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
-    tiny_llama().save_pretrained(tmp_path)
+    tiny_llama(hidden=64).save_pretrained(tmp_path)
     lora = LoRA(rank=4, quantise="4bit")
     base = load_causal_lm(tmp_path, quantisation=quantisation(lora.quantise))
     packed = base.model.layers[0].self_attn.q_proj.weight
-    before, logits = packed.clone(), tiny_llama()(IDS).logits
+    before = packed.clone()
     assert packed.dtype == torch.uint8
-    assert 0 < (base(IDS).logits - logits).abs().max() < 0.5 * logits.std()
+    with torch.no_grad():
+        logits = tiny_llama(hidden=64)(IDS).logits
+        assert 0 < (base(IDS).logits - logits).abs().max() < 0.5 * logits.std()
     wrapped = with_adapter(base, lora, task="CAUSAL_LM", seed=3)
-    wrapped.train()  # as trainers do; else bitsandbytes sorts codes anew on some processors
+    wrapped.eval()  # as ppo trains, which has read the same layers without gradient before
     wrapped(IDS, labels=IDS).loss.backward()
     trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     assert trained
