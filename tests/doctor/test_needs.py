@@ -8,8 +8,8 @@ from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
 from pipeline.doctor.mending import changes, mend
 from pipeline.doctor.need import Need, Peak
-from pipeline.doctor.needs import Planner
-from pipeline.doctor.seen import Moment, Rehearsal, reply_seconds
+from pipeline.doctor.needs import REPLYING, Planner
+from pipeline.doctor.seen import Moment, Rehearsal, Role, reply_seconds
 from pipeline.lora import LoRA
 from pipeline.training import Training
 from stages.evaluate import Config as EvaluateConfig
@@ -126,6 +126,68 @@ def small_planner(**sharding) -> Planner:
     blueprint = Blueprint(model_type="llama", options=options, packs=False)
     machine = gpus("a100", processes=4, memory=0, sharding=Sharding(**sharding))
     return Planner(blueprint=blueprint, machine=machine, ranking=2)
+
+
+UPDATED = Rehearsal(
+    weights=4000.0,
+    gradients=800.0,
+    optimizer=1600.0,
+    moments={
+        **dict.fromkeys((*REPLYING, "measure", "text"), Moment(7000.0, 1.0, 0.0)),
+        **dict.fromkeys(("optimise", "step"), Moment(7200.0, 1.0, 0.0)),
+    },
+    roles={
+        "policy": Role(weights=1000.0, trained=500.0),
+        "value": Role(weights=1000.0, trained=300.0),
+    },
+    gathered=300.0,
+)
+"""An update of ppo: 1400 of work beside weights and moments, 800 beside gradients too."""
+SMALL_COPY = 4 * (4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 300 * 64 + 64)
+"""Bytes of the policy of `small_planner`: four layers, embeddings, a head, and the last norm."""
+
+
+def updating(**sharding) -> dict[str, tuple[float, ...]]:
+    peaks = small_planner(**sharding)._updating(UPDATED, PPOConfig())
+    return {one.moment: dataclasses.astuple(one)[1:] for one in peaks}
+
+
+@pytest.mark.parametrize("moment", REPLYING)
+def test_a_divided_policy_replies_as_a_whole_copy_on_every_device(moment):
+    assert updating()[moment] == (4000, 0, 1600, 1400)
+    assert updating(kind="fsdp")[moment] == (1000, 0, 400, 1400 + SMALL_COPY)
+    offload = {"offload_weights": True, "offload_optimizer": True}
+    assert updating(kind="fsdp", **offload)[moment] == (0, 0, 0, 1400 + SMALL_COPY)
+
+
+def test_divided_roles_are_gathered_layer_by_layer_to_be_read():
+    divided = updating(kind="fsdp")
+    assert divided["measure"] == divided["text"] == (1000, 0, 400, 1400 + 300)
+    assert divided["optimise"] == (1000, 200, 400, 800 + 300)
+
+
+def test_gradients_are_laid_end_to_end_where_they_are_not_divided():
+    assert updating()["reduce gradients"] == (4000, 800, 1600, 2 * 500)
+    assert "reduce gradients" not in updating(kind="fsdp")
+
+
+def test_a_step_works_on_this_devices_part():
+    assert updating()["step"] == (4000, 800, 1600, 800)
+    assert updating(kind="fsdp")["step"] == (1000, 200, 400, 200)  # nothing is gathered
+    found = list(planner(kind="zero2")._training(SEEN, TRAINING))[1]
+    assert dataclasses.astuple(found)[1:] == (1000, 200, 400, 25)  # 3500 - 1000 - 800 - 1600
+    away = {"kind": "zero2", "offload_optimizer": True}
+    found = list(planner(**away)._training(SEEN, TRAINING))[1]
+    assert dataclasses.astuple(found)[1:] == (1000, 0, 0, 0)
+
+
+def test_replies_of_divided_models_are_planned_with_the_copy():
+    config = PPOConfig(max_response_tokens=200, microbatch_size=1)
+    configs = {"ppo": config, "reward": RewardConfig()}
+    whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
+    assert whole.peak.moment == divided.peak.moment == "last token"
+    assert divided.peak.weights == whole.peak.weights / 4
+    assert divided.peak.working - whole.peak.working == SMALL_COPY
 
 
 def weights(stage: str, configs, **sharding) -> float:

@@ -136,9 +136,9 @@ def settings(**more) -> Settings:
     )  # fmt: skip
 
 
-def ppo(roles, precision="fp32"):
+def ppo(roles, precision="fp32", *, layers=1):
     return rehearse_ppo(
-        BLUEPRINT.of_depth(1),
+        BLUEPRINT.of_depth(layers),
         ledger(),
         settings=settings(precision=precision),
         roles=roles,
@@ -158,6 +158,11 @@ def test_four_roles_are_four_models_or_three_or_one():
     assert lora.weights == whole + BUFFERS + 3 * adapter + 2 * 4 * WIDTH
     assert lora.gradients == 2 * adapter + 4 * WIDTH
     assert lora.roles["reference"].weights == 0
+
+
+def test_of_four_roles_the_largest_is_gathered_at_a_time():
+    two, three = (ppo("separate", layers=layers) for layers in (2, 3))
+    assert two.at(9, three).gathered == 4 * (2 * LAYER + OUTSIDE) + BUFFERS
 
 
 def test_bfloat16_holds_other_copies_of_the_weights():
