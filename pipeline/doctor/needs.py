@@ -190,7 +190,7 @@ class Planner:
         peaks = list(self._updating(rehearsal, config))
         moments = rehearsal.moments
         steps = config.optimisation.epochs * config.prompts_per_update // config.minibatch_size
-        one_pass = max(0.0, moments["optimise"].seconds - moments["step"].seconds) / passes
+        one_pass = moments["optimise"].seconds / passes
         seconds = (
             math.ceil(share / rows) * reply_seconds(moments, tokens=replies.response)
             + math.ceil(share / micro) * moments["measure"].seconds / passes

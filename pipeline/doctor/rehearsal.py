@@ -3,9 +3,11 @@
 Models of two layers and of three are rehearsed: from two on every figure is linear in the layers.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -327,8 +329,18 @@ def rehearse_ppo(
         experience = kept.pop()
         zeros = torch.zeros(experience.mask.shape)
         lesson = Lesson(experience, zeros, zeros if critic else None, 0.0)
-        stage.observe(
-            "optimise", lambda: trainer.optimiser.run(0, lesson, steps=[], goes_on=lambda: True)
-        )
+        with _standing_still(optimizers):
+            stage.observe(
+                "optimise", lambda: trainer.optimiser.run(0, lesson, steps=[], goes_on=lambda: True)
+            )
         stage.observe("text", lambda: trainer.text_perplexity(text))
     return stage.seen()
+
+
+@contextlib.contextmanager
+def _standing_still(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Keeps optimizers from moving: their step is a moment of its own."""
+    with contextlib.ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(patch.object(optimizer, "step", lambda: None))
+        yield

@@ -165,6 +165,22 @@ def test_of_four_roles_the_largest_is_gathered_at_a_time():
     assert two.at(9, three).gathered == 4 * (2 * LAYER + OUTSIDE) + BUFFERS
 
 
+def test_the_step_is_no_part_of_the_passes_before_it():
+    one = {"prompts_per_update": 1, "minibatch_size": 1, "microbatch_size": 1}
+    seen = rehearse_ppo(
+        dataclasses.replace(BLUEPRINT.of_depth(24), packs=False),  # a GPU's optimizer
+        ledger(),
+        settings=settings(**one),
+        roles="separate",
+        loras=(LoRA(), LoRA()),
+        replies=Replies(rows=1, prompt=2, response=2),
+    )
+    held, policy = seen.weights + seen.gradients + seen.optimizer, 4 * (24 * LAYER + OUTSIDE)
+    assert seen.moments["step"].most >= held + policy  # roots of all its second moments
+    assert seen.moments["optimise"].most < held + policy / 2
+    assert seen.moments["optimise"].seconds > 0
+
+
 def test_bfloat16_holds_other_copies_of_the_weights():
     assert ppo("separate", "bf16").moments["prefill"].most > ppo("separate").moments["prefill"].most
 
