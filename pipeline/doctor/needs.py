@@ -185,6 +185,7 @@ class Planner:
                 loras=(config.lora, reward.lora),
                 replies=replies,
                 recomputes=config.activation_checkpointing,
+                copies=self.machine.sharding.divides_weights,
             )
         )
         peaks = list(self._updating(rehearsal, config))

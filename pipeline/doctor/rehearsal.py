@@ -287,6 +287,7 @@ def rehearse_ppo(
     loras: tuple[LoRA, LoRA],
     replies: Replies,
     recomputes: bool = False,
+    copies: bool = False,
 ) -> Rehearsal:
     """Returns what an update of ppo does: it replies, measures, scores, and optimises.
 
@@ -298,6 +299,7 @@ def rehearse_ppo(
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
         recomputes: whether layers of what is trained are computed again on the way back.
+        copies: whether a frozen copy of the policy replies, as where it is divided.
     """
     critic = settings.advantage.needs_value_model
     four = roles_of(blueprint, roles=roles, loras=loras, critic=critic, recomputes=recomputes)
@@ -323,7 +325,8 @@ def rehearse_ppo(
         stage.settle(list(optimizers), foreach=not blueprint.packs)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        rehearse_replies(stage, four.policy, replies, precision=settings.precision)
+        with _frozen(four.policy) if copies else contextlib.nullcontext():
+            rehearse_replies(stage, four.policy, replies, precision=settings.precision)
         kept: list[Any] = []
         stage.observe("measure", lambda: kept.append(trainer.measure(prompts, sampled)))
         experience = kept.pop()
@@ -344,3 +347,14 @@ def _standing_still(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[Non
         for optimizer in optimizers:
             stack.enter_context(patch.object(optimizer, "step", lambda: None))
         yield
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Takes a model's gradients away: autocast keeps no copies of weights that have none."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in trained:
+        parameter.requires_grad_(True)
