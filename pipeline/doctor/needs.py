@@ -30,6 +30,7 @@ from pipeline.doctor.seen import Rehearsal, reply_seconds
 from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
+from pipeline.ppo.rollout import MOST_ROWS
 from pipeline.progress import without_bars
 
 LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.53,
@@ -38,8 +39,6 @@ LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60
 recipe take, whose models weigh kilobytes (`make RECIPE=smoke`, the manifests' peak_memory_gib)."""
 NO_LORA = LoRA()
 REPLYING = ("prefill", "first token", "last token")
-GENERATED = 256
-"""Most rows that are generated together (`pipeline.ppo.rollout.generate`)."""
 PROMPT_SHARE = 0.25
 """Share of a text that is taken for its prompt, where settings bound both together."""
 
@@ -156,7 +155,7 @@ class Planner:
     def _ppo(self, config: Any, reward: Any) -> Need:
         share = math.ceil(config.prompts_per_update / self.machine.processes)
         workers = self._workers(config)
-        rows = min(GENERATED, math.ceil(share / workers))
+        rows = min(MOST_ROWS, math.ceil(share / workers))
         mine = math.ceil(config.minibatch_size / self.machine.processes)
         micro = min(config.microbatch_size, mine)
         micros = math.ceil(mine / micro)
@@ -280,7 +279,7 @@ class Planner:
         """The SFT model replies before the reward model is there, to normalise its scores."""
         wanted = config.normalisation
         replies = Replies(
-            rows=min(GENERATED, math.ceil(wanted.num_samples / self.machine.processes)),
+            rows=min(MOST_ROWS, math.ceil(wanted.num_samples / self.machine.processes)),
             prompt=max(1, config.max_length - wanted.response_tokens),
             response=wanted.response_tokens,
         )

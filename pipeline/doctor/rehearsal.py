@@ -26,13 +26,11 @@ from pipeline.ppo.settings import Settings
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.data import RankingCollator
 from pipeline.reward.loss import comparison_loss
-from pipeline.reward.scores import raw_scores
+from pipeline.reward.scores import PASS_TEXTS, raw_scores
 from pipeline.reward.training import add_dropout, ranking_scores
 from pipeline.training import Training
 
 ROLES = ("policy", "reference", "reward model", "value")
-SCORED = 64
-"""Texts that are scored at once (`pipeline.reward.scores.raw_scores`)."""
 PAD, EOS, WORD = 0, 1, 2
 """Tokens of made-up rows; none of them ends."""
 CPU = torch.device("cpu")
@@ -163,7 +161,7 @@ def rehearse_reward(
         optimizer = build_optimizer(trained, training)
         stage.settle([optimizer], foreach=not blueprint.packs)
         _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
-        texts = [[WORD] * batch["length"]] * SCORED
+        texts = [[WORD] * batch["length"]] * PASS_TEXTS
         stage.observe("validation", lambda: raw_scores(trained, texts, pad_id=PAD))
     return stage.seen()
 

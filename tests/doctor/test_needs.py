@@ -1,10 +1,12 @@
 """Needs: what is divided, kept elsewhere and added, in round numbers."""
 
 import dataclasses
+import inspect
 
 import pytest
 
 from pipeline.config import require
+from pipeline.doctor import needs, rehearsal
 from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
 from pipeline.doctor.mending import changes, mend
@@ -12,6 +14,8 @@ from pipeline.doctor.need import Need, Peak
 from pipeline.doctor.needs import REPLYING, Planner
 from pipeline.doctor.seen import Moment, Rehearsal, Role, reply_seconds
 from pipeline.lora import LoRA
+from pipeline.ppo.rollout import generate
+from pipeline.reward.scores import raw_scores
 from pipeline.training import Training
 from stages.evaluate import Config as EvaluateConfig
 from stages.ppo import Config as PPOConfig
@@ -332,6 +336,11 @@ def test_where_nothing_helps_something_else_is_told(stage, config, least, words)
     assert told.startswith(f"not even {least} helps (9.0 GB): ")
     assert words in told
     assert ("divide" in told) == ("divide" in words)
+
+
+def test_batches_are_planned_as_large_as_they_are_by_themselves():
+    for action, planned in ((generate, needs.MOST_ROWS), (raw_scores, rehearsal.PASS_TEXTS)):
+        assert inspect.signature(action).parameters["batch_size"].default == planned
 
 
 def test_gpus_of_the_data_sheets_are_in_order():
