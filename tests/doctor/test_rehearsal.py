@@ -21,6 +21,7 @@ from pipeline.doctor.rehearsal import (
 )
 from pipeline.lora import LoRA
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.reward.scores import PASS_TOKENS
 from pipeline.training import Training
 
 WIDTH, INNER, WORDS, HEADS = 32, 64, 300, 4
@@ -198,6 +199,20 @@ def test_policies_on_one_base_are_one_model_and_an_adapter():
     adapter = 4 * 2 * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))
     assert seen.weights == 4 * (LAYER + OUTSIDE) + BUFFERS + adapter
     assert {"prefill", "first token", "last token", "divergence", "text"} == set(seen.moments)
+
+
+def test_evaluation_scores_all_rows_of_a_batch_together_however_long():
+    half = PASS_TOKENS // 1024  # rows of what a pass of the reward stage reads at most
+
+    def working(rows):
+        seen = rehearse_scoring(
+            dataclasses.replace(BLUEPRINT.of_depth(2), packs=False),
+            ledger(),
+            Replies(rows=rows, prompt=1000, response=24),
+        )
+        return seen.moments["scores"].most - seen.weights
+
+    assert working(2 * half) == pytest.approx(2 * working(half), rel=0.01)
 
 
 def test_a_reward_model_in_4_bits_keeps_its_adapter_and_two_heads():
