@@ -159,7 +159,7 @@ def run(config: Config) -> int:
         def attempt(words: list[str]) -> "Need":
             return planner.need(need.stage, stage_configs(config, *words))
 
-        return mend(need.stage, recipe.configs, attempt=attempt)
+        return mend(need.stage, recipe.configs, machine=machine, attempt=attempt)
 
     mending = {need.stage: mended(need) for need in needs if not need.fits}
     findings = examine(recipe, machine, needs, copy=planner.copy_bytes)

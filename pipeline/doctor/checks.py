@@ -10,11 +10,14 @@ from pathlib import Path
 
 from pipeline.checkpoint import POINT_COPIES
 from pipeline.circumstances import LIBRARIES
+from pipeline.config import require
 from pipeline.doctor.dividing import refuses, shares_base
 from pipeline.doctor.machine import Machine
 from pipeline.doctor.need import Need
 from pipeline.doctor.recipe import Recipe
 from pipeline.errors import UserError
+from pipeline.ppo.settings import Source
+from pipeline.ppo.sources import reading_at
 from pipeline.tokenizer import decode_response, encode_conversation, encode_prompt, encode_response
 from pipeline.trackers import key_is_configured
 
@@ -107,26 +110,40 @@ def tokens(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
 
 
 def agreement(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
-    """Yields whether reward model and policy read the same tokens."""
-    from pipeline.models import load_tokenizer
-
+    """Yields how each reward model reads what the policy writes."""
     for source in recipe.configs["ppo"].reward.used_sources:
         if source.function:
             continue
-        folder = recipe.folder / source.model if source.is_stage else Path(source.model)
-        own = source.is_stage and recipe.configs[source.model].init_from
-        ours, theirs = recipe.folder / "sft", folder / "tokenizer_config.json"
-        if not theirs.is_file() or not (ours / "tokenizer_config.json").is_file():
-            by_making = source.is_stage and not own
-            text = "made from sft, with its tokenizer" if by_making else "not yet there"
-            yield Finding("unknown", f"reward model {source.label}: {text}")
-        elif load_tokenizer(ours).get_vocab() == load_tokenizer(folder).get_vocab():
-            yield Finding("good", f"reward model {source.label} reads the policy's tokens")
-        elif own or not source.is_stage:
-            yield Finding("good", f"reward model {source.label} reads the text anew")
-        else:
-            text = f"reward model {source.label} has another tokenizer than the policy"
-            yield Finding("wrong", f"{text}. Run: make {source.model} FORCE=1")
+        try:
+            yield _reading(recipe, source)
+        except UserError as error:
+            yield Finding("wrong", str(error))
+
+
+def _reading(recipe: Recipe, source: Source) -> Finding:
+    """Returns whether a reward model reads the policy's tokens, as ppo and evaluate find it.
+
+    Raises:
+        UserError: they would refuse it.
+    """
+    from pipeline.models import load_tokenizer
+    from pipeline.reward.reading import TokenReading
+
+    name, who = source.model, f"reward model {source.label}"
+    require(
+        not source.is_stage or name in recipe.configs,
+        f"reward.sources: {name}: there is no configs/{recipe.name}/{name}.yaml. Write it, or name "
+        "another source",
+    )
+    own = not source.is_stage or bool(recipe.configs[name].init_from)
+    ours = recipe.folder / "sft"
+    theirs = recipe.folder / name if source.is_stage else Path(name)
+    if not all((folder / "tokenizer_config.json").is_file() for folder in (ours, theirs)):
+        text = "not yet there" if own else "made from sft, with its tokenizer"
+        return Finding("unknown", f"{who}: {text}")
+    reading = reading_at(theirs, tokenizer=load_tokenizer(ours), own=own)
+    what = "the policy's tokens" if isinstance(reading, TokenReading) else "the text anew"
+    return Finding("good", f"{who} reads {what}")
 
 
 def batches(recipe: Recipe, machine: Machine) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from pipeline.evaluation.alignment_tax import rows_per_pass
 from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from pipeline.fitting import nll_as_it_is
 from pipeline.lora import LoRA, with_adapter
-from pipeline.reward.scores import raw_scores
+from pipeline.ppo.scorers import token_scorer
 
 NO_LORA = LoRA()
 
@@ -75,17 +75,19 @@ def rehearse_scoring(
         with_adapter(model, lora, task="SEQ_CLS", seed=0)
     model = blueprint.reader(model.eval())
     stage = Stage(ledger, {"reward": model})
-    texts = [prompt + [WORD] * replies.response for prompt in replies.prompts]
+    scorer = token_scorer(model, pad_id=PAD, batch_size=replies.rows)
     with ledger:
-        stage.observe(
-            "scores", lambda: raw_scores(model, texts, pad_id=PAD, batch_size=replies.rows)
-        )
+        stage.observe("scores", lambda: scorer(replies.prompts, _responses(replies)))
     return stage.seen()
 
 
 def _said(replies: Replies) -> dict[str, Any]:
     return {
         "prompts": replies.prompts,
-        "responses": [[WORD] * replies.response] * replies.rows,
+        "responses": _responses(replies),
         "batching": Batching(pad_id=PAD, batch_size=replies.rows),
     }
+
+
+def _responses(replies: Replies) -> list[list[int]]:
+    return [[WORD] * replies.response] * replies.rows

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.doctor.dividing import shares_base
+from pipeline.doctor.machine import Machine
 from pipeline.doctor.need import Need
+from pipeline.errors import UserError
 
 FEWEST_SAMPLES = 128
 """Replies by which a reward model's scores can be normalised: the mean is known to a tenth of the
@@ -13,28 +15,52 @@ RANK = 16
 """Of the adapters that are tried."""
 
 
-def changes(stage: str, configs: Mapping[str, Any]) -> Iterator[list[str]]:
+def changes(stage: str, configs: Mapping[str, Any], *, machine: Machine) -> Iterator[list[str]]:
     """Yields words that make a stage's settings smaller, each time more than the time before."""
     config = configs[stage]
     if stage.startswith("reward") and config.normalisation.num_samples > FEWEST_SAMPLES:
         yield [f"--{stage}.normalisation.num_samples={FEWEST_SAMPLES}"]
-    section = "" if stage in ("ppo", "evaluate") else "training."
-    name = "batch_size" if stage == "evaluate" else f"{section}microbatch_size"
-    holder = config.training if section else config
-    size = getattr(holder, name.rpartition(".")[2]) // 2
     smallest: list[str] = []
-    while size >= 1:
-        smallest = [f"--{stage}.{name}={size}"]
+    for word in _smaller_batches(stage, config, processes=machine.processes):
+        smallest = [word]
         yield smallest
-        size //= 2
-    if stage == "ppo" and config.roles != "lora":
-        ranks = [f"--{name}.lora.rank={RANK}" for name in ("ppo", "reward")]
-        yield [*smallest, "--ppo.roles=lora", *ranks]
-    elif hasattr(config, "lora") and not config.lora.rank:
-        yield [*smallest, f"--{stage}.lora.rank={RANK}"]
+    for words in _adapters(stage, config, divided=machine.sharding.divides_state):
+        yield [*smallest, *words]
     for word in _other_readings(stage, configs):
         yield [word]
         yield [*smallest, word]
+
+
+def _smaller_batches(stage: str, config: Any, *, processes: int) -> Iterator[str]:
+    """Yields batch sizes that the stage takes, each half of the one before or the next below."""
+    section = "" if stage in ("ppo", "evaluate") else "training."
+    name = "batch_size" if stage == "evaluate" else "microbatch_size"
+    holder = config.training if section else config
+    trains = section and not getattr(config, "take_as_is", False)
+    rows = holder.minibatch_size if trains else 0  # 0: any size will do
+    size = getattr(holder, name) // 2
+    while size >= 1:
+        if rows % (size * processes):
+            size -= 1
+            continue
+        yield f"--{stage}.{section}{name}={size}"
+        size //= 2
+
+
+def _adapters(stage: str, config: Any, *, divided: bool) -> Iterator[list[str]]:
+    """Yields words by which a stage trains adapters, which divided models refuse, and in 4 bits."""
+    if not hasattr(config, "lora"):
+        return
+    packed = f"--{stage}.lora.quantise=4bit"
+    if config.lora.rank:
+        if config.lora.quantise == "none":
+            yield [packed]
+    elif not divided:
+        owners = ("ppo", "reward") if stage == "ppo" else (stage,)
+        words = ["--ppo.roles=lora"] if stage == "ppo" else []
+        words += [f"--{owner}.lora.rank={RANK}" for owner in owners]
+        yield words
+        yield [*words, packed]
 
 
 def _other_readings(stage: str, configs: Mapping[str, Any]) -> Iterator[str]:
@@ -47,29 +73,44 @@ def _other_readings(stage: str, configs: Mapping[str, Any]) -> Iterator[str]:
         yield "--pretrain.quantise=4bit"
 
 
-def mend(stage: str, configs: Mapping[str, Any], *, attempt: Callable[[list[str]], Need]) -> str:
+def mend(
+    stage: str,
+    configs: Mapping[str, Any],
+    *,
+    machine: Machine,
+    attempt: Callable[[list[str]], Need],
+) -> str:
     """Returns what to change so that a stage fits, or what else there is where nothing of it helps.
 
     Args:
         stage: that does not fit.
         configs: settings by stage.
-        attempt: returns what the stage needs with some words more.
+        machine: that it is to fit on.
+        attempt: returns what the stage needs with some words more; what it refuses is no help.
     """
-    config, last = configs[stage], None
-    for words in changes(stage, configs):
-        last = attempt(words)
-        if last.fits:
-            return f"it fits with {' '.join(words)}: {last.total / 1e9:,.1f} GB"
-    least = f"no smaller batch helps ({last.total / 1e9:,.1f} GB): " if last else ""
+    least = ""
+    for words in changes(stage, configs, machine=machine):
+        try:
+            found = attempt(words)
+        except UserError:  # they do not go with other settings
+            continue
+        size = f"{found.total / 1e9:,.1f} GB"
+        if found.fits:
+            return f"it fits with {' '.join(words)}: {size}"
+        least = f"not even {' '.join(words)} helps ({size}): "
+    return least + _last_resort(stage, configs[stage])
+
+
+def _last_resort(stage: str, config: Any) -> str:
+    """Returns what to do where no settings help."""
     if stage == "evaluate" or getattr(config, "take_as_is", False):
         return (
-            f"{least}its models are read whole, so run it where memory is, on a processor: "
+            "its models are read whole, so run it where memory is, on a processor: "
             f"CUDA_VISIBLE_DEVICES= make {stage} RECIPE={config.recipe}; or take a smaller model"
         )
-    if stage == "ppo":
-        return f"{least}take a smaller model, or devices with more memory"
+    if stage == "ppo" or (hasattr(config, "lora") and config.lora.rank):  # adapters stay whole
+        return "take a smaller model, or devices with more memory"
     return (
-        f"{least}divide the model over more GPUs (ACCELERATE_CONFIG="
-        "configs/accelerate/fsdp2.yaml), "
+        "divide the model over more GPUs (ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml), "
         "or take a smaller one"
     )

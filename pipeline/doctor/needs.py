@@ -30,6 +30,7 @@ from pipeline.doctor.seen import Rehearsal, reply_seconds
 from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
+from pipeline.ppo.rollout import MOST_ROWS
 from pipeline.progress import without_bars
 
 LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.53,
@@ -38,8 +39,6 @@ LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60
 recipe take, whose models weigh kilobytes (`make RECIPE=smoke`, the manifests' peak_memory_gib)."""
 NO_LORA = LoRA()
 REPLYING = ("prefill", "first token", "last token")
-GENERATED = 256
-"""Most rows that are generated together (`pipeline.ppo.rollout.generate`)."""
 PROMPT_SHARE = 0.25
 """Share of a text that is taken for its prompt, where settings bound both together."""
 
@@ -156,7 +155,7 @@ class Planner:
     def _ppo(self, config: Any, reward: Any) -> Need:
         share = math.ceil(config.prompts_per_update / self.machine.processes)
         workers = self._workers(config)
-        rows = min(GENERATED, math.ceil(share / workers))
+        rows = min(MOST_ROWS, math.ceil(share / workers))
         mine = math.ceil(config.minibatch_size / self.machine.processes)
         micro = min(config.microbatch_size, mine)
         micros = math.ceil(mine / micro)
@@ -185,23 +184,13 @@ class Planner:
                 loras=(config.lora, reward.lora),
                 replies=replies,
                 recomputes=config.activation_checkpointing,
+                copies=self.machine.sharding.divides_weights,
             )
         )
-        peaks = [
-            *(self._peak(rehearsal, name, workers=workers) for name in (*REPLYING, "measure")),
-            self._peak(rehearsal, "optimise", gradients=True, workers=workers),
-            self._peak(rehearsal, "step", gradients=True, workers=workers),
-            self._peak(rehearsal, "text"),
-        ]
-        if self.machine.processes > 1:  # gradients of a role end to end, and their sum
-            largest = max(role.trained for role in rehearsal.roles.values())
-            peaks.append(self._held(rehearsal, "reduce gradients", extra=2 * largest))
-        if config.roles == "lora" and not self.machine.is_gpu:
-            copy = self.copy_bytes
-            peaks.append(self._held(rehearsal, "save merged", gradients=False, extra=copy))
+        peaks = list(self._updating(rehearsal, config))
         moments = rehearsal.moments
         steps = config.optimisation.epochs * config.prompts_per_update // config.minibatch_size
-        one_pass = max(0.0, moments["optimise"].seconds - moments["step"].seconds) / passes
+        one_pass = moments["optimise"].seconds / passes
         seconds = (
             math.ceil(share / rows) * reply_seconds(moments, tokens=replies.response)
             + math.ceil(share / micro) * moments["measure"].seconds / passes
@@ -213,6 +202,21 @@ class Planner:
             trained=rehearsal.gradients,
             roles=rehearsal.roles,
         )
+
+    def _updating(self, rehearsal: Rehearsal, config: Any) -> Iterator[Peak]:
+        workers = self._workers(config)
+        for name in (*REPLYING, "measure"):
+            yield self._peak(rehearsal, name, workers=workers)
+        for name in ("optimise", "step"):
+            yield self._peak(rehearsal, name, gradients=True, workers=workers)
+        yield self._peak(rehearsal, "text")
+        divided = self.machine.sharding.divides_state
+        if self.machine.processes > 1 and not divided:  # a role's gradients in a row, and their sum
+            largest = max(role.trained for role in rehearsal.roles.values())
+            yield self._held(rehearsal, "reduce gradients", extra=2 * largest)
+        if config.roles == "lora" and not self.machine.is_gpu:
+            copy = self.copy_bytes
+            yield self._held(rehearsal, "save merged", gradients=False, extra=copy)
 
     def _evaluate(self, config: Any, configs: Mapping[str, Any]) -> Need:
         ppo, shared = configs["ppo"], config.on_one_base and shares_base(configs)
@@ -275,7 +279,7 @@ class Planner:
         """The SFT model replies before the reward model is there, to normalise its scores."""
         wanted = config.normalisation
         replies = Replies(
-            rows=min(GENERATED, math.ceil(wanted.num_samples / self.machine.processes)),
+            rows=min(MOST_ROWS, math.ceil(wanted.num_samples / self.machine.processes)),
             prompt=max(1, config.max_length - wanted.response_tokens),
             response=wanted.response_tokens,
         )
@@ -309,6 +313,8 @@ class Planner:
         """
         held = rehearsal.weights + rehearsal.optimizer + gradients * rehearsal.gradients
         working = max(0.0, rehearsal.moments[name].most - held)
+        if name == "step":
+            working *= self._state_share
         more = gradients * (workers - 1) * rehearsal.gradients
         return self._held(
             rehearsal, name, gradients=gradients, extra=workers * working + more + extra
@@ -318,21 +324,33 @@ class Planner:
         self, rehearsal: Rehearsal, name: str, *, gradients: bool = True, extra: float
     ) -> Peak:
         """Returns what is held throughout, divided as the machine says, and what comes on top."""
-        sharding, parts = self.machine.sharding, self.machine.processes
+        sharding, state = self.machine.sharding, self._state_share
         weights = rehearsal.weights
-        gathered = 0.0
         if sharding.divides_weights:
-            weights = 0.0 if sharding.offload_weights else weights / parts
-            gathered = rehearsal.gathered
-        state = 1 / parts if sharding.divides_state else 1.0
-        away = sharding.offload_optimizer
+            weights = 0.0 if sharding.offload_weights else weights / self.machine.processes
         return Peak(
             moment=name,
             weights=weights,
-            gradients=0.0 if away else gradients * rehearsal.gradients * state,
-            optimizer=0.0 if away else rehearsal.optimizer * state,
-            working=extra + gathered,
+            gradients=gradients * rehearsal.gradients * state,
+            optimizer=rehearsal.optimizer * state,
+            working=extra + self._whole(rehearsal, name),
         )
+
+    @property
+    def _state_share(self) -> float:
+        """Share of gradients and moments that a device holds and works on."""
+        sharding = self.machine.sharding
+        if sharding.offload_optimizer:
+            return 0.0
+        return 1 / self.machine.processes if sharding.divides_state else 1.0
+
+    def _whole(self, rehearsal: Rehearsal, name: str) -> float:
+        """Returns the bytes of divided weights that a moment has whole on the device."""
+        if name == "step" or not self.machine.sharding.divides_weights:
+            return 0.0
+        if name in REPLYING:  # a copy of the policy, which gathers nothing (`Sharded.whole`)
+            return self.copy_bytes
+        return rehearsal.gathered
 
     def _steps(self, stage: str, rehearsal: Rehearsal, training: Any, peaks: list[Peak]) -> Need:
         passes = training.minibatch_size / training.microbatch_size / self.machine.processes

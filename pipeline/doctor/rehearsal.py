@@ -3,9 +3,11 @@
 Models of two layers and of three are rehearsed: from two on every figure is linear in the layers.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,13 +26,11 @@ from pipeline.ppo.settings import Settings
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.data import RankingCollator
 from pipeline.reward.loss import comparison_loss
-from pipeline.reward.scores import raw_scores
+from pipeline.reward.scores import PASS_TEXTS, raw_scores
 from pipeline.reward.training import add_dropout, ranking_scores
 from pipeline.training import Training
 
 ROLES = ("policy", "reference", "reward model", "value")
-SCORED = 64
-"""Texts that are scored at once (`pipeline.reward.scores.raw_scores`)."""
 PAD, EOS, WORD = 0, 1, 2
 """Tokens of made-up rows; none of them ends."""
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def rehearse_reward(
         optimizer = build_optimizer(trained, training)
         stage.settle([optimizer], foreach=not blueprint.packs)
         _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
-        texts = [[WORD] * batch["length"]] * SCORED
+        texts = [[WORD] * batch["length"]] * PASS_TEXTS
         stage.observe("validation", lambda: raw_scores(trained, texts, pad_id=PAD))
     return stage.seen()
 
@@ -285,6 +285,7 @@ def rehearse_ppo(
     loras: tuple[LoRA, LoRA],
     replies: Replies,
     recomputes: bool = False,
+    copies: bool = False,
 ) -> Rehearsal:
     """Returns what an update of ppo does: it replies, measures, scores, and optimises.
 
@@ -296,6 +297,7 @@ def rehearse_ppo(
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
         recomputes: whether layers of what is trained are computed again on the way back.
+        copies: whether a frozen copy of the policy replies, as where it is divided.
     """
     critic = settings.advantage.needs_value_model
     four = roles_of(blueprint, roles=roles, loras=loras, critic=critic, recomputes=recomputes)
@@ -321,14 +323,36 @@ def rehearse_ppo(
         stage.settle(list(optimizers), foreach=not blueprint.packs)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        rehearse_replies(stage, four.policy, replies, precision=settings.precision)
+        with _frozen(four.policy) if copies else contextlib.nullcontext():
+            rehearse_replies(stage, four.policy, replies, precision=settings.precision)
         kept: list[Any] = []
         stage.observe("measure", lambda: kept.append(trainer.measure(prompts, sampled)))
         experience = kept.pop()
         zeros = torch.zeros(experience.mask.shape)
         lesson = Lesson(experience, zeros, zeros if critic else None, 0.0)
-        stage.observe(
-            "optimise", lambda: trainer.optimiser.run(0, lesson, steps=[], goes_on=lambda: True)
-        )
+        with _standing_still(optimizers):
+            stage.observe(
+                "optimise", lambda: trainer.optimiser.run(0, lesson, steps=[], goes_on=lambda: True)
+            )
         stage.observe("text", lambda: trainer.text_perplexity(text))
     return stage.seen()
+
+
+@contextlib.contextmanager
+def _standing_still(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Keeps optimizers from moving: their step is a moment of its own."""
+    with contextlib.ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(patch.object(optimizer, "step", lambda: None))
+        yield
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Takes a model's gradients away: autocast keeps no copies of weights that have none."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in trained:
+        parameter.requires_grad_(True)

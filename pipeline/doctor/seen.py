@@ -48,8 +48,8 @@ class Rehearsal:
         optimizer: bytes of the optimizers' state.
         moments: pieces of its work by name.
         roles: of ppo; what is shared counts for the first that holds it.
-        gathered: weights of what is outside the layers and of two layers: what a process holds
-            whole at a time where the rest is divided.
+        gathered: weights of what is outside the layers and of two layers, of the largest role:
+            what a process holds whole at a time where the rest is divided.
     """
 
     weights: float
@@ -88,7 +88,7 @@ class Rehearsal:
                 )
                 for name, role in self.roles.items()
             },
-            gathered=self.weights,
+            gathered=max(role.weights for role in self.roles.values()),
         )
 
 

@@ -20,6 +20,8 @@ from pipeline.sizes import ROWS, rounded
 
 ENGINE_LOGPROBS = "engine_logprobs"
 """Name of what another engine than the policy says of the tokens that it drew."""
+MOST_ROWS = 256
+"""Rows that are generated together, at most."""
 PIECE_NUMBERS = 2**17
 """Probabilities that a processor sums at a time: a megabyte stays in its cache, and in the
 allocator's, which returns larger ones to the system every time (a fifth of the time is left)."""
@@ -103,7 +105,7 @@ def generate(
     temperature: float = 1.0,
     eos_id: int,
     pad_id: int,
-    batch_size: int = 256,
+    batch_size: int = MOST_ROWS,
     workers: int = 1,
 ) -> Sampled:
     """Returns one response per prompt, with what the policy said of every token.

@@ -70,11 +70,25 @@ def reading_of(artifact: Artifact, *, tokenizer: "Tokenizer") -> "Reading":
     Raises:
         UserError: a stage's model has another tokenizer though it was not meant to.
     """
+    own = not artifact.stage or bool(artifact.config.get("init_from"))
+    return reading_at(artifact.path, tokenizer=tokenizer, own=own)
+
+
+def reading_at(path: Path, *, tokenizer: "Tokenizer", own: bool) -> "Reading":
+    """Returns how the reward model of a folder reads text.
+
+    Args:
+        path: the folder.
+        tokenizer: the policy's.
+        own: whether the model may have another one.
+
+    Raises:
+        UserError: it has another one though it may not, or one that cannot be used.
+    """
     from pipeline.models import load_tokenizer
     from pipeline.reward.reading import TokenReading, load_reading
 
-    path = artifact.path
-    if artifact.stage and not artifact.config.get("init_from"):
+    if not own:
         require(
             load_tokenizer(path).get_vocab() == tokenizer.get_vocab(),
             f"{path} has another tokenizer than {tokenizer.name_or_path}. "

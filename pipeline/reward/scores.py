@@ -10,6 +10,8 @@ from pipeline.distributed import even_share, gather_objects
 from pipeline.errors import UserError
 from pipeline.models import by_length, whole_text_scores
 
+PASS_TEXTS = 64
+"""Texts of a forward pass, at most."""
 PASS_TOKENS = 2**14
 """Most tokens of a forward pass over texts: 64 texts of 256, or 10 of 1,536."""
 
@@ -20,7 +22,7 @@ def raw_scores(
     *,
     pad_id: int,
     separator: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = PASS_TEXTS,
 ) -> Float[np.ndarray, " text"]:
     """Returns the raw score of each prompt + response; the processes share the texts.
 

@@ -9,8 +9,10 @@ from pipeline.doctor import checks, recipe
 from pipeline.doctor.machine import GPUS, Machine, Sharding
 from pipeline.doctor.need import Need, Peak
 from pipeline.errors import UserError
+from pipeline.models import load_tokenizer
 from pipeline.tokenizer import train_tokenizer
 from stages.doctor import Config, recipe_of
+from tests.reward.encoders import word_pieces
 
 
 def machine(processes: int = 1, **more) -> Machine:
@@ -78,7 +80,47 @@ def test_a_reward_model_of_another_tokenizer_is_wrong(run, tmp_path):
     (tmp_path / "sft").symlink_to(run / "sft")
     state, text = only(checks.agreement(of(run=tmp_path), machine()))
     assert state == "wrong"
-    assert text.endswith("another tokenizer than the policy. Run: make reward FORCE=1")
+    assert text.startswith(f"{tmp_path / 'reward'} has another tokenizer than ")
+    assert text.endswith(". Run: make reward FORCE=1")
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own_reads_the_text_anew(run, tmp_path):
+    (tmp_path / "sft").symlink_to(run / "sft")
+    word_pieces().save_pretrained(tmp_path / "reward")  # no chat template, and no EOS
+    encoder = of("--reward.init_from=a/bert", run=tmp_path)
+    anew = ("good", "reward model reward reads the text anew")
+    assert only(checks.agreement(encoder, machine())) == anew
+    elsewhere = of(f"--ppo.reward.sources=[{{model: {tmp_path / 'reward'}}}]", run=tmp_path)
+    assert only(checks.agreement(elsewhere, machine())) == anew
+
+
+def test_another_chat_template_reads_the_text_anew(run, tmp_path):
+    (tmp_path / "sft").symlink_to(run / "sft")
+    tokenizer = load_tokenizer(run / "sft")
+    tokenizer.chat_template += "{{ '' }}"
+    tokenizer.save_pretrained(tmp_path / "reward")
+    other = of("--reward.init_from=a/b", run=tmp_path)
+    assert only(checks.agreement(other, machine()))[1].endswith("reads the text anew")
+
+
+def test_a_reward_model_that_cannot_be_read_is_wrong_and_the_next_is_looked_at(run, tmp_path):
+    tokenizer = word_pieces()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    words = f"--ppo.reward.sources=[{{model: {tmp_path / 'bare'}}}, {{model: reward}}]"
+    bare, ours = checks.agreement(of(words, run=run), machine())
+    assert (bare.state, ours.state) == ("wrong", "good")
+    assert bare.text.endswith("bare: the tokenizer's PAD must be a token of its own, not EOS")
+
+
+def test_a_source_that_the_recipe_has_no_stage_for_is_wrong():
+    words = "--ppo.reward.sources=[{model: reward_guard}]"
+    state, text = only(checks.agreement(of(words, name="pythia-1b-tldr"), machine()))
+    assert state == "wrong"
+    assert text == (
+        "reward.sources: reward_guard: there is no configs/pythia-1b-tldr/reward_guard.yaml. "
+        "Write it, or name another source"
+    )
 
 
 def test_pad_that_is_eos_is_found(run, tmp_path, monkeypatch):

@@ -1,16 +1,21 @@
 """Needs: what is divided, kept elsewhere and added, in round numbers."""
 
 import dataclasses
+import inspect
 
 import pytest
 
+from pipeline.config import require
+from pipeline.doctor import needs, rehearsal
 from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
 from pipeline.doctor.mending import changes, mend
 from pipeline.doctor.need import Need, Peak
-from pipeline.doctor.needs import Planner
-from pipeline.doctor.seen import Moment, Rehearsal, reply_seconds
+from pipeline.doctor.needs import REPLYING, Planner
+from pipeline.doctor.seen import Moment, Rehearsal, Role, reply_seconds
 from pipeline.lora import LoRA
+from pipeline.ppo.rollout import generate
+from pipeline.reward.scores import raw_scores
 from pipeline.training import Training
 from stages.evaluate import Config as EvaluateConfig
 from stages.ppo import Config as PPOConfig
@@ -78,16 +83,51 @@ def test_replies_take_a_step_a_token():
     assert reply_seconds(moments, tokens=11) == 3 + 10 * 1.5
 
 
-def test_smaller_batches_are_tried_before_adapters():
+def tried(stage: str, configs, processes=1, **sharding) -> list[list[str]]:
+    machine = planner(processes, **sharding).machine
+    return list(changes(stage, configs, machine=machine))
+
+
+def test_smaller_batches_are_tried_before_adapters_and_those_before_4_bits():
     training = Training(minibatch_size=8, microbatch_size=4)
-    assert list(changes("sft", {"sft": SFTConfig(training=training)})) == [
+    assert tried("sft", {"sft": SFTConfig(training=training)}) == [
         ["--sft.training.microbatch_size=2"],
         ["--sft.training.microbatch_size=1"],
         ["--sft.training.microbatch_size=1", "--sft.lora.rank=16"],
+        ["--sft.training.microbatch_size=1", "--sft.lora.rank=16", "--sft.lora.quantise=4bit"],
     ]
-    assert list(changes("ppo", {"ppo": PPOConfig(microbatch_size=2)}))[-1] == [
-        "--ppo.microbatch_size=1", "--ppo.roles=lora", "--ppo.lora.rank=16", "--reward.lora.rank=16"
+    assert tried("ppo", {"ppo": PPOConfig(microbatch_size=2)})[-2:] == [
+        ["--ppo.microbatch_size=1", "--ppo.roles=lora", "--ppo.lora.rank=16",
+         "--reward.lora.rank=16"],
+        ["--ppo.microbatch_size=1", "--ppo.roles=lora", "--ppo.lora.rank=16",
+         "--reward.lora.rank=16", "--ppo.lora.quantise=4bit"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["none", "fsdp"])
+def test_adapters_that_are_trained_already_are_tried_in_4_bits(kind):
+    training = Training(minibatch_size=8, microbatch_size=1)
+    adapted = SFTConfig(lora=LoRA(rank=4), training=training)
+    assert tried("sft", {"sft": adapted}, kind=kind) == [["--sft.lora.quantise=4bit"]]
+    packed = dataclasses.replace(adapted, lora=LoRA(rank=4, quantise="4bit"))
+    assert tried("sft", {"sft": packed}, kind=kind) == []
+
+
+def test_adapters_are_not_tried_where_models_are_divided():
+    config = SFTConfig(training=Training(minibatch_size=8, microbatch_size=1))
+    assert tried("sft", {"sft": config}, kind="fsdp") == []
+    assert tried("ppo", {"ppo": PPOConfig(microbatch_size=1)}, kind="fsdp") == []
+
+
+@pytest.mark.parametrize(
+    ("minibatch", "processes", "sizes"),
+    [(60, 1, [6, 3, 1]), (60, 2, [6, 3, 1]), (60, 4, [5, 1]), (30, 4, [])],
+)
+def test_only_microbatches_that_divide_the_minibatch_are_tried(minibatch, processes, sizes):
+    training = Training(minibatch_size=minibatch, microbatch_size=15)
+    words = [f"--pretrain.training.microbatch_size={size}" for size in sizes]
+    configs = {"pretrain": PretrainConfig(training=training)}
+    assert tried("pretrain", configs, processes) == [[word] for word in words]
 
 
 ADAPTED = {
@@ -102,20 +142,20 @@ TAKEN = PretrainConfig(
 def test_models_are_read_on_one_base_or_in_4_bits_where_smaller_batches_do_not_help():
     evaluate = EvaluateConfig(batch_size=2)
     smaller, word = "--evaluate.batch_size=1", "--evaluate.on_one_base=true"
-    found = list(changes("evaluate", {**ADAPTED, "evaluate": evaluate}))
+    found = tried("evaluate", {**ADAPTED, "evaluate": evaluate})
     assert found == [[smaller], [word], [smaller, word]]
     shared = dataclasses.replace(evaluate, on_one_base=True)
-    assert list(changes("evaluate", {**ADAPTED, "evaluate": shared})) == [[smaller]]
+    assert tried("evaluate", {**ADAPTED, "evaluate": shared}) == [[smaller]]
     apart = ADAPTED | {"reward": RewardConfig(), "evaluate": evaluate}
-    assert list(changes("evaluate", apart)) == [[smaller]]
+    assert tried("evaluate", apart) == [[smaller]]
 
 
 def test_a_model_that_is_taken_as_it_is_may_be_measured_in_4_bits_unless_it_is_a_gguf_file():
     smaller, word = "--pretrain.training.microbatch_size=1", "--pretrain.quantise=4bit"
-    assert list(changes("pretrain", {"pretrain": TAKEN})) == [[smaller], [word], [smaller, word]]
+    assert tried("pretrain", {"pretrain": TAKEN}, 4) == [[smaller], [word], [smaller, word]]
     for more in ({"quantise": "4bit"}, {"init_from": "a.gguf"}):
         other = dataclasses.replace(TAKEN, **more)
-        assert list(changes("pretrain", {"pretrain": other})) == [[smaller]]
+        assert tried("pretrain", {"pretrain": other}) == [[smaller]]
 
 
 def small_planner(**sharding) -> Planner:
@@ -126,6 +166,78 @@ def small_planner(**sharding) -> Planner:
     blueprint = Blueprint(model_type="llama", options=options, packs=False)
     machine = gpus("a100", processes=4, memory=0, sharding=Sharding(**sharding))
     return Planner(blueprint=blueprint, machine=machine, ranking=2)
+
+
+UPDATED = Rehearsal(
+    weights=4000.0,
+    gradients=800.0,
+    optimizer=1600.0,
+    moments={
+        **dict.fromkeys((*REPLYING, "measure", "text"), Moment(7000.0, 1.0, 0.0)),
+        **dict.fromkeys(("optimise", "step"), Moment(7200.0, 1.0, 0.0)),
+    },
+    roles={
+        "policy": Role(weights=1000.0, trained=500.0),
+        "value": Role(weights=1000.0, trained=300.0),
+    },
+    gathered=300.0,
+)
+"""An update of ppo: 1400 of work beside weights and moments, 800 beside gradients too."""
+SMALL_COPY = 4 * (4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 300 * 64 + 64)
+"""Bytes of the policy of `small_planner`: four layers, embeddings, a head, and the last norm."""
+
+
+def updating(**sharding) -> dict[str, tuple[float, ...]]:
+    peaks = small_planner(**sharding)._updating(UPDATED, PPOConfig())
+    return {one.moment: dataclasses.astuple(one)[1:] for one in peaks}
+
+
+@pytest.mark.parametrize("moment", REPLYING)
+def test_a_divided_policy_replies_as_a_whole_copy_on_every_device(moment):
+    assert updating()[moment] == (4000, 0, 1600, 1400)
+    assert updating(kind="fsdp")[moment] == (1000, 0, 400, 1400 + SMALL_COPY)
+    offload = {"offload_weights": True, "offload_optimizer": True}
+    assert updating(kind="fsdp", **offload)[moment] == (0, 0, 0, 1400 + SMALL_COPY)
+
+
+def test_divided_roles_are_gathered_layer_by_layer_to_be_read():
+    divided = updating(kind="fsdp")
+    assert divided["measure"] == divided["text"] == (1000, 0, 400, 1400 + 300)
+    assert divided["optimise"] == (1000, 200, 400, 800 + 300)
+
+
+def test_gradients_are_laid_end_to_end_where_they_are_not_divided():
+    assert updating()["reduce gradients"] == (4000, 800, 1600, 2 * 500)
+    assert "reduce gradients" not in updating(kind="fsdp")
+
+
+def test_a_step_works_on_this_devices_part():
+    assert updating()["step"] == (4000, 800, 1600, 800)
+    assert updating(kind="fsdp")["step"] == (1000, 200, 400, 200)  # nothing is gathered
+    found = list(planner(kind="zero2")._training(SEEN, TRAINING))[1]
+    assert dataclasses.astuple(found)[1:] == (1000, 200, 400, 25)  # 3500 - 1000 - 800 - 1600
+    away = {"kind": "zero2", "offload_optimizer": True}
+    found = list(planner(**away)._training(SEEN, TRAINING))[1]
+    assert dataclasses.astuple(found)[1:] == (1000, 0, 0, 0)
+
+
+def test_replies_of_divided_models_are_planned_with_the_copy():
+    config = PPOConfig(max_response_tokens=200, microbatch_size=1)
+    configs = {"ppo": config, "reward": RewardConfig()}
+    whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
+    assert whole.peak.moment == divided.peak.moment == "last token"
+    assert divided.peak.weights == whole.peak.weights / 4
+    assert divided.peak.working - whole.peak.working == SMALL_COPY
+
+
+def test_no_weights_of_the_copy_are_kept_in_bfloat16_while_it_replies():
+    config = PPOConfig(max_response_tokens=200, microbatch_size=1, precision="bf16")
+    configs = {"ppo": config, "reward": RewardConfig()}
+    whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
+    assert whole.peak.moment == divided.peak.moment == "last token"
+    # autocast keeps what it makes of weights that are trained: all but embeddings and norms
+    kept = 2 * (4 * (4 * 64 * 64 + 3 * 64 * 128) + 300 * 64)
+    assert divided.peak.working - whole.peak.working == pytest.approx(SMALL_COPY - kept, rel=0.15)
 
 
 def weights(stage: str, configs, **sharding) -> float:
@@ -180,27 +292,55 @@ def test_the_first_change_that_fits_is_told():
         return need(8e9 / len(asked))
 
     configs = {"sft": SFTConfig(training=Training(microbatch_size=8))}
-    told = mend("sft", configs, attempt=attempt)
+    told = mend("sft", configs, machine=planner(1).machine, attempt=attempt)
     assert told == "it fits with --sft.training.microbatch_size=2: 4.0 GB"
 
 
+def test_what_is_refused_is_passed_over():
+    def attempt(words):
+        require("--sft.training.microbatch_size=1" not in words[:1], "refused")
+        return need(9e9)
+
+    configs = {"sft": SFTConfig(training=Training(microbatch_size=4))}
+    told = mend("sft", configs, machine=planner(1).machine, attempt=attempt)
+    assert told.startswith("not even --sft.training.microbatch_size=2 helps (9.0 GB): ")
+
+
+LESS = "take a smaller model, or devices with more memory"
+BATCH = "--sft.training.microbatch_size=1"
+
+
 @pytest.mark.parametrize(
-    ("stage", "config", "words"),
+    ("stage", "config", "least", "words"),
     [
-        ("sft", SFTConfig(lora=LoRA(rank=4)), "divide the model over more GPUs"),
-        ("ppo", PPOConfig(), "take a smaller model, or devices with more memory"),
         (
-            "evaluate",
-            EvaluateConfig(recipe="smoke"),
+            "sft", SFTConfig(), f"{BATCH} --sft.lora.rank=16 --sft.lora.quantise=4bit",
+            "divide the model over more GPUs (ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml)",
+        ),
+        ("sft", SFTConfig(lora=LoRA(rank=4)), f"{BATCH} --sft.lora.quantise=4bit", LESS),
+        ("sft", SFTConfig(lora=LoRA(rank=4, quantise="4bit")), BATCH, LESS),
+        (
+            "ppo", PPOConfig(),
+            ("--ppo.microbatch_size=1 --ppo.roles=lora --ppo.lora.rank=16 "
+             "--reward.lora.rank=16 --ppo.lora.quantise=4bit"), LESS,
+        ),
+        (
+            "evaluate", EvaluateConfig(recipe="smoke"), "--evaluate.batch_size=1",
             "on a processor: CUDA_VISIBLE_DEVICES= make evaluate RECIPE=smoke;",
         ),
     ],
-)
-def test_where_nothing_helps_something_else_is_told(stage, config, words):
+)  # fmt: skip
+def test_where_nothing_helps_something_else_is_told(stage, config, least, words):
     configs = {"ppo": PPOConfig(), "reward": RewardConfig(), stage: config}
-    told = mend(stage, configs, attempt=lambda _: need(9e9))
-    assert "no smaller batch helps (9.0 GB)" in told
+    told = mend(stage, configs, machine=planner(1).machine, attempt=lambda _: need(9e9))
+    assert told.startswith(f"not even {least} helps (9.0 GB): ")
     assert words in told
+    assert ("divide" in told) == ("divide" in words)
+
+
+def test_batches_are_planned_as_large_as_they_are_by_themselves():
+    for action, planned in ((generate, needs.MOST_ROWS), (raw_scores, rehearsal.PASS_TEXTS)):
+        assert inspect.signature(action).parameters["batch_size"].default == planned
 
 
 def test_gpus_of_the_data_sheets_are_in_order():

@@ -21,6 +21,7 @@ from pipeline.doctor.rehearsal import (
 )
 from pipeline.lora import LoRA
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
+from pipeline.reward.scores import PASS_TOKENS
 from pipeline.training import Training
 
 WIDTH, INNER, WORDS, HEADS = 32, 64, 300, 4
@@ -136,9 +137,9 @@ def settings(**more) -> Settings:
     )  # fmt: skip
 
 
-def ppo(roles, precision="fp32"):
+def ppo(roles, precision="fp32", *, layers=1):
     return rehearse_ppo(
-        BLUEPRINT.of_depth(1),
+        BLUEPRINT.of_depth(layers),
         ledger(),
         settings=settings(precision=precision),
         roles=roles,
@@ -160,6 +161,27 @@ def test_four_roles_are_four_models_or_three_or_one():
     assert lora.roles["reference"].weights == 0
 
 
+def test_of_four_roles_the_largest_is_gathered_at_a_time():
+    two, three = (ppo("separate", layers=layers) for layers in (2, 3))
+    assert two.at(9, three).gathered == 4 * (2 * LAYER + OUTSIDE) + BUFFERS
+
+
+def test_the_step_is_no_part_of_the_passes_before_it():
+    one = {"prompts_per_update": 1, "minibatch_size": 1, "microbatch_size": 1}
+    seen = rehearse_ppo(
+        dataclasses.replace(BLUEPRINT.of_depth(24), packs=False),  # a GPU's optimizer
+        ledger(),
+        settings=settings(**one),
+        roles="separate",
+        loras=(LoRA(), LoRA()),
+        replies=Replies(rows=1, prompt=2, response=2),
+    )
+    held, policy = seen.weights + seen.gradients + seen.optimizer, 4 * (24 * LAYER + OUTSIDE)
+    assert seen.moments["step"].most >= held + policy  # roots of all its second moments
+    assert seen.moments["optimise"].most < held + policy / 2
+    assert seen.moments["optimise"].seconds > 0
+
+
 def test_bfloat16_holds_other_copies_of_the_weights():
     assert ppo("separate", "bf16").moments["prefill"].most > ppo("separate").moments["prefill"].most
 
@@ -177,6 +199,20 @@ def test_policies_on_one_base_are_one_model_and_an_adapter():
     adapter = 4 * 2 * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))
     assert seen.weights == 4 * (LAYER + OUTSIDE) + BUFFERS + adapter
     assert {"prefill", "first token", "last token", "divergence", "text"} == set(seen.moments)
+
+
+def test_evaluation_scores_all_rows_of_a_batch_together_however_long():
+    half = PASS_TOKENS // 1024  # rows of what a pass of the reward stage reads at most
+
+    def working(rows):
+        seen = rehearse_scoring(
+            dataclasses.replace(BLUEPRINT.of_depth(2), packs=False),
+            ledger(),
+            Replies(rows=rows, prompt=1000, response=24),
+        )
+        return seen.moments["scores"].most - seen.weights
+
+    assert working(2 * half) == pytest.approx(2 * working(half), rel=0.01)
 
 
 def test_a_reward_model_in_4_bits_keeps_its_adapter_and_two_heads():
