@@ -45,6 +45,8 @@ HURRIED = """
 import os, signal, subprocess, sys
 from pipeline import launch
 
+signal.signal(signal.{name}, signal.SIG_DFL)  # nohup would have it ignored
+
 class Popen(subprocess.Popen):
     def __init__(self, *words, **settings):
         if {child} == len(children):

@@ -163,7 +163,7 @@ def test_settings_that_fit_no_text_are_refused(run_dir, monkeypatch):
     with pytest.raises(UserError, match="max_length: no ranking of train has two texts of 3"):
         reward.run(config_of(run_dir, max_length=3))
     with monkeypatch.context() as patch:  # before the SFT model replies
-        patch.setattr("pipeline.reward.making.listen", None)
+        patch.setattr("pipeline.reward.making.sample_replies", None)
         with pytest.raises(UserError, match="max_length: 512 is longer than the model's context"):
             reward.run(config_of(run_dir, max_length=512))
     with pytest.raises(UserError, match="min_gap: no two texts of a training ranking differ"):
