@@ -89,7 +89,7 @@ def fit(
                 shutil.rmtree(run.path / WORKSPACE, ignore_errors=True)
         seconds = time.monotonic() - started
     barrier()
-    if pace.asked_by:
+    if pace.was_asked():
         run.stop(trainer.state.global_step, pace.asked_by)
     return (trainer.state.global_step - done) * tokens_per_step / seconds
 

@@ -91,9 +91,18 @@ class Pace:
         left = self.saving.deadline - time.time()
         if self.saving.deadline and left < self.longest + self.saving.grace_seconds:
             self.asked_by = self.asked_by or "the deadline is near"
-        asked = gather_objects(self.asked_by)
-        self.asked_by = self.asked_by or next(filter(None, asked), "")
-        return bool(self.asked_by)
+        return self.was_asked()
+
+    def was_asked(self) -> bool:
+        """Returns whether any process was asked to stop, on every process the same.
+
+        What was heard when each said so decides: a signal that comes while they speak is for the
+        next time, or the process that it came to would stop while the others go on.
+        """
+        heard = next(filter(None, gather_objects(self.asked_by)), "")
+        if heard and not self.asked_by:
+            self.asked_by = heard
+        return bool(heard)
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Notes who asked and starts the grace; on Ctrl-C again raises KeyboardInterrupt."""

@@ -68,6 +68,28 @@ def test_a_signal_ends_the_step_saves_and_stops(number, name, capfd):
     assert "sft: " in capfd.readouterr().err
 
 
+def test_a_signal_while_the_processes_agree_is_for_the_next_time(monkeypatch):
+    """Else the one that it came to would stop, and wait for others that go on."""
+
+    def interrupted(value):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ["", value]
+
+    with keep_pace(Saving(every=0), stage="sft") as pace:
+        with monkeypatch.context() as patch:
+            patch.setattr(stopping, "gather_objects", interrupted)
+            assert not pace.stops()
+        assert pace.after(1) == STOP
+        assert pace.asked_by == "SIGTERM"
+
+
+def test_what_another_process_was_asked_stops_this_one(monkeypatch):
+    monkeypatch.setattr(stopping, "gather_objects", lambda value: [value, "SIGTERM"])
+    with keep_pace(Saving(every=0), stage="sft") as pace:
+        assert pace.stops()
+        assert pace.asked_by == "SIGTERM"
+
+
 def test_a_second_interrupt_stops_at_once_but_a_second_sigterm_does_not():
     with (
         pytest.raises(KeyboardInterrupt),
