@@ -1,9 +1,13 @@
 """What tests share: tolerances, tiny models, a predictable tokenizer."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
+SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
+"""Words of a stage of the smoke recipe in a test."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -48,3 +52,18 @@ def _llama_config(config_class: Any, vocabulary: int, hidden: int) -> Any:
         eos_token_id=1,
         pad_token_id=0,
     )
+
+
+def make_corpus(folder: Path) -> None:
+    """Makes the smoke recipe's data and tokenizer in a run folder."""
+    from pipeline.config import load
+    from stages import data, tokenizer
+
+    for stage, module in {"data": data, "tokenizer": tokenizer}.items():
+        module.run(load(module.Config, [*SMOKE, f"--run={folder}"], stage=stage))
+
+
+def copy_corpus(folder: Path, run: Path) -> None:
+    """Copies data and tokenizer of one run folder into another."""
+    for stage in ("data", "tokenizer"):
+        shutil.copytree(folder / stage, run / stage)

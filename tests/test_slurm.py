@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import stages.data
-import stages.tokenizer
-from pipeline.config import load
+from tests.support import make_corpus
 from tests.test_makefile import STAGES, make
 
 SBATCH = """#!{python}
@@ -208,11 +206,8 @@ def test_a_real_stage_of_two_processes_is_preempted_and_goes_on(tmp_path):
     slurm(tmp_path)
     for name in ("Makefile", "configs", "pipeline", "stages"):
         (tmp_path / name).symlink_to(Path(name).resolve())
-    for stage in ("data", "tokenizer"):
-        module = getattr(stages, stage)
-        words = ["--recipe=smoke", "--tracking=none", f"--run={tmp_path / 'runs' / 'smoke'}"]
-        module.run(load(module.Config, words, stage=stage))
     folder = tmp_path / "runs" / "smoke"
+    make_corpus(folder)
     (tmp_path / "preempt").write_text(f"stages.pretrain {folder}/pretrain/metrics.jsonl")
     words = ["STAGES=pretrain", "RECIPE=smoke", "NPROC=2", f"PYTHON={sys.executable}"]
     states, _ = submitted(

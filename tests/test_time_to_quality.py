@@ -88,6 +88,7 @@ def test_the_peer_gets_the_recipes_settings():
     assert config.prompts_per_update // given["num_mini_batches"] == config.minibatch_size
     assert given["learning_rate"] == config.optimisation.learning_rate
     assert given["lam"] == config.reward.lam
+    assert given["missing_eos_penalty"] == 1.0
 
 
 def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):

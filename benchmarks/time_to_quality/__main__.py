@@ -5,8 +5,8 @@ as it has them; TRL's at the defaults of its PPOConfig. The clock runs from the 
 stands still while a policy is saved. Afterwards each policy replies to validation prompts; the time
 to quality is that of the first one whose gold win rate over SFT and whose distinct-2 suffice.
 
-Run     make bench-quality                  after `make`, some 50 minutes; the table of docs
-        make bench-quality ARGS="--seeds 1 --limit 120"
+Run     make bench-quality                  after `make`
+        make bench-quality ARGS="--limit 140 --interval 8 --prompts 250"     25 minutes
 """
 
 import argparse
@@ -25,23 +25,23 @@ from pipeline.config import load
 from pipeline.distributed import num_threads
 from pipeline.models import load_tokenizer
 from pipeline.ppo.inputs import read_prompts
+from pipeline.ppo.optimiser import ADAM_EPSILON
 from stages.ppo import Config
 
 RESULT = Path(__file__).parents[1] / "results" / "time_to_quality.json"
 WIN_RATE, DISTINCT_2 = 0.75, 0.85
 """The quality: gold win rate over SFT, and distinct-2 as a share of SFT's."""
 SIDES = ("ours", "trl", "trl_defaults")
-LONG_REWARD = 1.0
-"""TRL's penalty of a response without EOS, taken off its score; ours has that score be -1."""
 
 
 def same_settings(config: Config) -> dict[str, Any]:
     """Returns the recipe's settings as TRL's PPOConfig has them.
 
     It has no adaptive KL coefficient, no length compensation, no entropy bonus, no learning rate
-    for the critic and no clipping of gradients.
+    for the critic and no clipping of gradients. Its penalty is taken off the score of a response
+    without EOS, where ours is that score; both average 0.
     """
-    step = config.optimisation
+    step, missing = config.optimisation, config.reward.missing_eos_score
     return {
         "total_episodes": config.updates * config.prompts_per_update,
         "per_device_train_batch_size": config.prompts_per_update,
@@ -49,14 +49,14 @@ def same_settings(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "num_ppo_epochs": step.epochs,
         "learning_rate": step.learning_rate,
-        "adam_epsilon": 1e-5,
+        "adam_epsilon": ADAM_EPSILON,
         "cliprange": step.clip,
         "cliprange_value": step.value_clip,
         "vf_coef": step.value_coef,
         "gamma": config.reward.gamma,
         "lam": config.reward.lam,
         "kl_coef": config.kl.coef,
-        "missing_eos_penalty": LONG_REWARD,
+        "missing_eos_penalty": None if missing is None else -missing,
         "response_length": config.max_response_tokens,
         "temperature": config.temperature,
         "gradient_checkpointing": False,

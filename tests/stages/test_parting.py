@@ -18,8 +18,8 @@ import stages.reward
 import stages.sft
 import stages.tokenizer
 from pipeline.config import load
+from tests.support import SMOKE
 
-SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 FEW = ["--training.steps=2", "--saving.every=0"]
 ENDLESS = {
     "sft": ["--training.steps=100000"],

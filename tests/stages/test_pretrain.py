@@ -18,25 +18,21 @@ from pipeline.fitting import FiniteGradients
 from pipeline.saving import Saving
 from stages import pretrain
 from tests import gguf_files
-
-SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
+from tests.support import SMOKE, copy_corpus, make_corpus
 
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory):
     """A run folder with the smoke recipe's data and tokenizer."""
     folder = tmp_path_factory.mktemp("run")
-    for stage in ("data", "tokenizer"):
-        module = getattr(stages, stage)
-        module.run(load(module.Config, [*SMOKE, f"--run={folder}"], stage=stage))
+    make_corpus(folder)
     return folder
 
 
 @pytest.fixture
 def run_dir(parents, tmp_path):
     """A run folder of a test's own with the same parents."""
-    for stage in ("data", "tokenizer"):
-        shutil.copytree(parents / stage, tmp_path / stage)
+    copy_corpus(parents, tmp_path)
     return tmp_path
 
 

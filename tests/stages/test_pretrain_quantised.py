@@ -2,31 +2,24 @@
 
 import importlib.util
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-import stages.data
-import stages.tokenizer
 from pipeline import checkpoint, models
 from pipeline.config import load
 from pipeline.errors import UserError
 from stages import pretrain
-from tests.support import tiny_llama
-
-SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
+from tests.support import SMOKE, copy_corpus, make_corpus, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory):
     """The smoke recipe's data and tokenizer, and a model of one token less."""
     folder = tmp_path_factory.mktemp("run")
-    for stage in ("data", "tokenizer"):
-        module = getattr(stages, stage)
-        module.run(load(module.Config, [*SMOKE, f"--run={folder}"], stage=stage))
+    make_corpus(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tiny_llama(vocabulary=len(tokenizer) - 1, hidden=64).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -34,8 +27,7 @@ def parents(tmp_path_factory):
 
 
 def config_of(parents, run, **more):
-    for stage in ("data", "tokenizer"):
-        shutil.copytree(parents / stage, run / stage)
+    copy_corpus(parents, run)
     config = load(pretrain.Config, [*SMOKE, f"--run={run}"], stage="pretrain")
     taken = {"init_from": str(parents / "base"), "take_as_is": True, "sequence_length": 32}
     return replace(config, **taken | {"context_length": 0} | more)

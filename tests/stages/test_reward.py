@@ -21,9 +21,7 @@ from pipeline.reward.settings import Normalisation
 from pipeline.saving import Saving
 from stages import reward
 from tests.data.own import write_rows
-from tests.support import assert_close
-
-SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
+from tests.support import SMOKE, assert_close
 
 
 @pytest.fixture(scope="module")

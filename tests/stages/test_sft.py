@@ -21,9 +21,8 @@ from pipeline.models import load_tokenizer
 from pipeline.saving import Saving
 from pipeline.tokenizer import encode_conversation, encode_prompt, encode_response
 from stages import sft
-from tests.support import assert_close, tiny_llama
+from tests.support import SMOKE, assert_close, tiny_llama
 
-SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 IGNORED = -100
 
 

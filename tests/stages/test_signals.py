@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import stages.data
-import stages.pretrain
-import stages.tokenizer
 from pipeline.checkpoint import open_artifact
-from pipeline.config import load
 from pipeline.stopping import STOPPED
+from tests.support import SMOKE, copy_corpus, make_corpus
 
-SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 STEPS = 160
 """Enough for a second stage to be refused while the first is at work."""
 
@@ -27,9 +22,7 @@ STEPS = 160
 def parents(tmp_path_factory):
     """A run folder of the smoke recipe up to the tokenizer, and pretrain made without a stop."""
     folder = tmp_path_factory.mktemp("run")
-    for stage in ("data", "tokenizer"):
-        module = getattr(stages, stage)
-        module.run(load(module.Config, [*SMOKE, f"--run={folder}"], stage=stage))
+    make_corpus(folder)
     assert ended(started(folder)) == 0
     return folder
 
@@ -37,8 +30,7 @@ def parents(tmp_path_factory):
 @pytest.fixture
 def run_dir(parents, tmp_path):
     """A run folder of a test's own with the same parents."""
-    for stage in ("data", "tokenizer"):
-        shutil.copytree(parents / stage, tmp_path / stage)
+    copy_corpus(parents, tmp_path)
     return tmp_path
 
 

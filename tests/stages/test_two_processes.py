@@ -17,9 +17,8 @@ import stages.reward
 import stages.sft
 import stages.tokenizer
 from pipeline.config import load
-from tests.support import assert_close
+from tests.support import SMOKE, assert_close
 
-SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 FEW = ["--training.steps=4", "--training.log_every=1", "--saving.every=0"]
 ADAPTER = ["--lora.rank=4", "--training.optimizer=adamw"]
 """Not Muon, which makes every singular value 1, those that are rounding included."""
