@@ -33,6 +33,9 @@ DATA = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _permitted: set[Path] = set()
 """Models whose code may run: of the whole process, so that no caller can forget to ask."""
 _announced: set[Path] = set()
+_commits: dict[str, str] = {}
+"""Commits of the hub that this process has read, by the models' names: it reads no other, though a
+branch may move in between."""
 
 
 def permit(names: Iterable[str]) -> None:
@@ -84,9 +87,9 @@ def from_pretrained(auto_class: Any, name: Path | str, *, weights: bool, **optio
 
 
 def commit_of(name: Path | str) -> str | None:
-    """Returns the commit of the hub that a name stands for at the moment; None of a folder."""
-    folder = _folder_of(name, ("config.json",))
-    return folder.name if folder.parent.name == "snapshots" else None
+    """Returns the commit of the hub that this process reads by a name; None of a folder."""
+    _folder_of(name, ("config.json",))
+    return _commits.get(str(name))
 
 
 def brings_code(folder: Path) -> bool:
@@ -189,9 +192,12 @@ def _folder_of(name: Path | str, patterns: Sequence[str]) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    repository, _, commit = str(name).partition(PIN)
-    fetched = snapshot_download(repository, revision=commit or None, allow_patterns=list(patterns))
-    return Path(fetched)
+    repository, _, pinned = str(name).partition(PIN)
+    commit = _commits.get(str(name)) or pinned or None
+    folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(patterns)))
+    if folder.parent.name == "snapshots":
+        _commits[str(name)] = folder.name
+    return folder
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def hub(tmp_path, monkeypatch):
         return str(cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(pretrained, "_commits", {})
     monkeypatch.chdir(tmp_path)
     pretrained.permit(())
     yield source
@@ -41,6 +42,20 @@ def hub(tmp_path, monkeypatch):
 
 def fetched(hub):
     return {path.name for path in (hub.parent / "snapshots" / COMMIT).iterdir()}
+
+
+def test_a_process_goes_on_with_the_commit_that_it_has_read(hub, monkeypatch):
+    asked, download = [], huggingface_hub.snapshot_download
+
+    def noted(name, *, revision, allow_patterns):
+        asked.append(revision)
+        return download(name, revision=revision, allow_patterns=allow_patterns)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    load_causal_lm(NAME)
+    assert commit_of(NAME) == COMMIT
+    assert asked == [None, *[COMMIT] * (len(asked) - 1)]
+    assert len(asked) == 3  # what describes the model, its weights, and the question
 
 
 def test_a_commit_pins_the_model_and_is_told(hub):
