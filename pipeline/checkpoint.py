@@ -216,6 +216,7 @@ class StageRun:
         """
         self.points.wait()
         distributed.barrier()
+        distributed.leave()
         raise Stopped(
             f"{reason}: stopped after step {step}, which is saved; the same command goes on"
         )

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from pipeline.config import StageConfig, load
-from pipeline.distributed import is_main, rank, world_size
+from pipeline.distributed import is_main, leave, rank, world_size
 from pipeline.errors import UpToDate, UserError, first_line
 from pipeline.pretrained import permit
 from pipeline.stopping import STOPPED, Stopped, Terminated, end_with_launcher
@@ -104,6 +104,7 @@ def _outcome(
         trusted = config.trust_remote_code
         permit([*trusted, *(str(config.folder(name)) for name in trusted)])
         run(config)
+        leave()
     except (
         *(UpToDate, UserError, Stopped, KeyboardInterrupt),
         *(OSError, RuntimeError, MemoryError),

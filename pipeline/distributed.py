@@ -137,6 +137,18 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def leave() -> None:
+    """Leaves the others where all have done what they do together; none can be asked any more.
+
+    Threads of torch's that still run when Python ends can abort a process whose work is done
+    (fully_shard over gloo on a busy machine: 14 of 258; none of 144 that left).
+    """
+    if _connected():
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Returns every process's value, in the order of ranks."""
     if not _connected():

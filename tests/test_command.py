@@ -34,6 +34,17 @@ def test_success_is_zero(caplog):
     assert outcome(None, caplog) == (0, [])
 
 
+@pytest.mark.parametrize(("error", "leaves"), [(None, 1), (RuntimeError("out of memory"), 0)])
+def test_the_others_are_left_where_all_have_done_their_work(monkeypatch, caplog, error, leaves):
+    """One that fails may stand in the middle of what they do together."""
+    left = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr("pipeline.distributed.world_size", lambda: 2)
+    outcome(error, caplog)
+    assert len(left) == leaves
+
+
 def test_up_to_date_is_zero_and_said(caplog):
     assert outcome(UpToDate("runs/cpu/toy is up to date"), caplog) == (
         0,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.distributed import rank
+from pipeline.distributed import leave, rank
 
 PATIENCE_SECONDS = 900
 """After that processes wait for one another; a machine with much else to do took 250."""
@@ -49,6 +49,7 @@ def main(module: str, folder: Path) -> None:
         except Exception:  # noqa: BLE001 - told by the test of this name
             said[name] = traceback.format_exc()
     (folder / f"{rank()}.json").write_text(json.dumps(said))
+    leave()
 
 
 if __name__ == "__main__":
