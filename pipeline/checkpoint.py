@@ -24,7 +24,7 @@ from pipeline.lock import Lock
 from pipeline.manifest import FORMAT_VERSION, MANIFEST, mending_command, read_manifest
 from pipeline.points import LOGS, Points, differences, log_sizes
 from pipeline.saving import saving_of
-from pipeline.stopping import Stopped
+from pipeline.stopping import STOPPED, Stopped
 from pipeline.storage import (
     digest_of,
     files_of,
@@ -216,7 +216,7 @@ class StageRun:
         """
         self.points.wait()
         distributed.barrier()
-        distributed.leave()
+        distributed.leave(STOPPED)
         raise Stopped(
             f"{reason}: stopped after step {step}, which is saved; the same command goes on"
         )

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from pipeline.config import StageConfig, load
-from pipeline.distributed import is_main, leave, rank, world_size
+from pipeline.distributed import end_with, is_main, leave, rank, world_size
 from pipeline.errors import UpToDate, UserError, first_line
 from pipeline.pretrained import permit
 from pipeline.stopping import STOPPED, Stopped, Terminated, end_with_launcher
@@ -104,7 +104,7 @@ def _outcome(
         trusted = config.trust_remote_code
         permit([*trusted, *(str(config.folder(name)) for name in trusted)])
         run(config)
-        leave()
+        leave(0)
     except (
         *(UpToDate, UserError, Stopped, KeyboardInterrupt),
         *(OSError, RuntimeError, MemoryError),
@@ -113,6 +113,7 @@ def _outcome(
         if not line:
             raise
         _say(log.error if code else log.info, stage, line, last=code == FAILED)
+        end_with(code)
         return code
     return 0
 

@@ -1,7 +1,9 @@
 """Processes that work together: the only module that knows how Accelerate connects them."""
 
+import atexit
 import os
 import platform
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +24,9 @@ SHARDING = {"fsdp2": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPE
 
 OFFLOAD = "FSDP_OFFLOAD_PARAMS"
 """Variable by which it says that weights stay in the processor's memory between passes."""
+
+_ends_with: list[int] = []
+"""Exit code of a process that is to end without Python's teardown, once it is known."""
 
 
 def rank() -> int:
@@ -137,16 +142,41 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def leave() -> None:
-    """Leaves the others where all have done what they do together; none can be asked any more.
+def leave(code: int) -> None:
+    """Leaves the others where all have done what they do together, before this process ends.
 
-    Threads of torch's that still run when Python ends can abort a process whose work is done
-    (fully_shard over gloo on a busy machine: 14 of 258; none of 144 that left).
+    Args:
+        code: exit code of this process from now on.
     """
+    end_with(code)
     if _connected():
         import torch.distributed
 
         torch.distributed.destroy_process_group()
+
+
+def end_with(code: int) -> None:
+    """Lets a process that is connected to others end without Python's own teardown.
+
+    It ends once all that is registered for the end has run. In the teardown, a thread of torch's
+    gloo that is about to free a tensor waits for the interpreter, which ends the thread instead,
+    and with it the process (SIGABRT), whatever it has done.
+
+    Args:
+        code: exit code of this process from now on.
+    """
+    if _connected():
+        _ends_with.append(code)
+
+
+def _end_at_once() -> None:
+    if _ends_with:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_ends_with[0])
+
+
+atexit.register(_end_at_once)  # before any library registers something, and so after all of it
 
 
 def gather_objects(value: Any) -> list[Any]:
