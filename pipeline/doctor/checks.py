@@ -11,13 +11,14 @@ from pathlib import Path
 from pipeline.checkpoint import POINT_COPIES
 from pipeline.circumstances import LIBRARIES
 from pipeline.config import require
-from pipeline.doctor.dividing import refuses, shares_base
+from pipeline.doctor.dividing import asked, refuses, shares_base
 from pipeline.doctor.machine import Machine
 from pipeline.doctor.need import Need
 from pipeline.doctor.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.ppo.settings import Source
 from pipeline.ppo.sources import reading_at
+from pipeline.ppo.wanted import check_sharding
 from pipeline.tokenizer import decode_response, encode_conversation, encode_prompt, encode_response
 from pipeline.trackers import key_is_configured
 
@@ -52,8 +53,8 @@ def examine(
         copy: bytes of one model in float32.
     """
     found: list[Finding] = []
-    looks = (architecture, tokens, agreement, batches, contexts, sharding, one_base, libraries)
-    for look in (*looks, tracking):
+    looks = (architecture, tokens, agreement, batches, contexts, sharding, guard, one_base)
+    for look in (*looks, libraries, tracking):
         try:
             found += look(recipe, machine)
         except UserError as error:
@@ -186,14 +187,34 @@ def contexts(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
 
 def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     """Yields which stages cannot divide their models, where they are to."""
-    kind = machine.sharding.kind
     for stage in (*TRAINED, "ppo", "evaluate"):
+        kind = asked(machine, stage, recipe.configs).kind
         if stage not in recipe.configs or not refuses(stage, recipe.configs, kind=kind):
             continue
         yield Finding(
             "wrong",
             f"{stage} of {recipe.name} keeps its models whole and refuses {kind}. Run it with "
             "configs/accelerate/ddp.yaml",
+        )
+    ppo, wanted = recipe.configs["ppo"], asked(machine, "ppo", recipe.configs)
+    if wanted.kind == "fsdp" and ppo.roles == "separate":
+        check_sharding(
+            "fsdp2_offload" if wanted.offload_weights else "fsdp2",
+            roles=ppo.roles,
+            engine=ppo.engine.name,
+            num_processes=machine.processes,
+            on_gpu=machine.is_gpu,
+        )
+
+
+def guard(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
+    """Yields whether the recipe trains the model that is to watch ppo."""
+    every = recipe.configs["ppo"].guard.every
+    if every and "reward_guard" not in recipe.configs:
+        yield Finding(
+            "wrong",
+            f"ppo: guard.every is {every}, and there is no configs/{recipe.name}/reward_guard.yaml "
+            "to train a guard with. Write one after configs/cpu/reward_guard.yaml, or set it to 0",
         )
 
 

@@ -1,7 +1,30 @@
 """Which stages cannot divide a model over processes, and which hold adapters on one base."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from pipeline.doctor.machine import Machine, Sharding
+
+SHARDINGS = {
+    "none": Sharding(),
+    "fsdp2": Sharding(kind="fsdp"),
+    "fsdp2_offload": Sharding(kind="fsdp", offload_weights=True, offload_optimizer=True),
+}
+"""What ppo's own setting means, whatever accelerate's YAML says."""
+
+
+def asked(machine: Machine, stage: str, configs: Mapping[str, Any]) -> Sharding:
+    """Returns how a stage is told to divide its models: by its own setting, or by the machine's."""
+    own = configs["ppo"].sharding if stage == "ppo" else "auto"
+    return machine.sharding if own == "auto" else SHARDINGS[own]
+
+
+def divided(machine: Machine, stage: str, configs: Mapping[str, Any]) -> Machine:
+    """Returns the machine with a stage's models divided as it divides them there, or whole."""
+    sharding = asked(machine, stage, configs)
+    whole = keeps_whole(stage, configs, kind=sharding.kind)
+    return replace(machine, sharding=Sharding() if whole else sharding)
 
 
 def refuses(stage: str, configs: Mapping[str, Any], *, kind: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from pipeline.doctor.dividing import shares_base
+from pipeline.doctor.dividing import divided, shares_base
 from pipeline.doctor.machine import Machine
 from pipeline.doctor.need import Need
 from pipeline.errors import UserError
@@ -24,7 +24,8 @@ def changes(stage: str, configs: Mapping[str, Any], *, machine: Machine) -> Iter
     for word in _smaller_batches(stage, config, processes=machine.processes):
         smallest = [word]
         yield smallest
-    for words in _adapters(stage, config, divided=machine.sharding.divides_state):
+    parts = divided(machine, stage, configs).sharding.divides_state
+    for words in _adapters(stage, config, divided=parts):
         yield [*smallest, *words]
     for word in _other_readings(stage, configs):
         yield [word]

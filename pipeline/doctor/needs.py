@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from pipeline.config import require
 from pipeline.distributed import num_cores
 from pipeline.doctor.blueprint import Blueprint
-from pipeline.doctor.dividing import keeps_whole, shares_base
+from pipeline.doctor.dividing import divided, shares_base
 from pipeline.doctor.evaluating import rehearse_policies, rehearse_pretrained, rehearse_scoring
 from pipeline.doctor.ledger import Ledger
-from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine, Sharding
+from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
 from pipeline.doctor.need import Need, Peak
 from pipeline.doctor.rehearsal import (
     Passes,
@@ -30,6 +31,7 @@ from pipeline.doctor.seen import Rehearsal, reply_seconds
 from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
+from pipeline.ppo.engine_settings import Engine
 from pipeline.ppo.rollout import MOST_ROWS
 from pipeline.progress import without_bars
 
@@ -58,10 +60,14 @@ class Planner:
     ranking: int
 
     def need(self, stage: str, configs: Mapping[str, Any]) -> Need:
-        """Returns what a stage needs with these settings of it and of the others."""
+        """Returns what a stage needs with these settings of it and of the others.
+
+        Raises:
+            UserError: ppo is to read an adapter that reward does not train.
+        """
         config = configs[stage]
-        if keeps_whole(stage, configs, kind=self.machine.sharding.kind):
-            machine = replace(self.machine, sharding=Sharding())
+        machine = divided(self.machine, stage, configs)
+        if machine != self.machine:
             return replace(self, machine=machine).need(stage, configs)
         if stage == "pretrain" and config.take_as_is:
             return self._measured(config)
@@ -153,6 +159,11 @@ class Planner:
         return self._steps(stage, rehearsal, config.training, peaks)
 
     def _ppo(self, config: Any, reward: Any) -> Need:
+        require(
+            config.roles != "lora" or reward.lora.rank > 0,
+            "ppo: roles lora reads the reward model's adapter, and reward trains none. Set "
+            "reward.lora.rank above 0, or roles to separate",
+        )
         share = math.ceil(config.prompts_per_update / self.machine.processes)
         workers = self._workers(config)
         rows = min(MOST_ROWS, math.ceil(share / workers))
@@ -167,6 +178,7 @@ class Planner:
             microbatch_size=micro,
             precision=self.precision(config.precision),
             workers=1,
+            engine=Engine(),  # what else samples is not of this process
             optimisation=replace(config.optimisation, epochs=1, critic_warmup=0),
             advantage=replace(config.advantage, responses_per_prompt=1)
             if config.advantage.needs_value_model
@@ -204,19 +216,28 @@ class Planner:
         )
 
     def _updating(self, rehearsal: Rehearsal, config: Any) -> Iterator[Peak]:
-        workers = self._workers(config)
-        for name in (*REPLYING, "measure"):
-            yield self._peak(rehearsal, name, workers=workers)
+        workers, engine = self._workers(config), config.engine
+        judges = [one for one in config.reward.sources if one.is_stage and one.model != "reward"]
+        beside = (len(judges) + bool(config.guard.every)) * self.copy_bytes  # whole everywhere
+        by_vllm = engine.gpu_memory_frac * self.machine.memory
+        if engine.name == "vllm_colocate":
+            extra = beside + by_vllm
+            yield self._held(rehearsal, "replies by vLLM", gradients=False, extra=extra)
+            beside += 0 if engine.sleep else by_vllm
+        if engine.name == "native":
+            for name in REPLYING:
+                yield self._peak(rehearsal, name, workers=workers, extra=beside)
+        yield self._peak(rehearsal, "measure", workers=workers, extra=beside)
         for name in ("optimise", "step"):
-            yield self._peak(rehearsal, name, gradients=True, workers=workers)
-        yield self._peak(rehearsal, "text")
-        divided = self.machine.sharding.divides_state
-        if self.machine.processes > 1 and not divided:  # a role's gradients in a row, and their sum
+            yield self._peak(rehearsal, name, gradients=True, workers=workers, extra=beside)
+        yield self._peak(rehearsal, "text", extra=beside)
+        together = self.machine.processes > 1 and not self.machine.sharding.divides_state
+        if together:  # a role's gradients in a row, and their sum
             largest = max(role.trained for role in rehearsal.roles.values())
-            yield self._held(rehearsal, "reduce gradients", extra=2 * largest)
+            yield self._held(rehearsal, "reduce gradients", extra=beside + 2 * largest)
         if config.roles == "lora" and not self.machine.is_gpu:
-            copy = self.copy_bytes
-            yield self._held(rehearsal, "save merged", gradients=False, extra=copy)
+            extra = beside + self.copy_bytes
+            yield self._held(rehearsal, "save merged", gradients=False, extra=extra)
 
     def _evaluate(self, config: Any, configs: Mapping[str, Any]) -> Need:
         ppo, shared = configs["ppo"], config.on_one_base and shares_base(configs)

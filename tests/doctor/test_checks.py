@@ -153,7 +153,7 @@ def test_stages_that_cannot_divide_their_models_are_named():
     adapters = ("--ppo.roles=lora", "--ppo.lora.rank=4", "--reward.lora.rank=4")
 
     def named(kind, *words):
-        found = list(checks.sharding(of(*words), machine(sharding=Sharding(kind=kind))))
+        found = list(checks.sharding(of(*words), machine(2, sharding=Sharding(kind=kind))))
         assert {one.state for one in found} <= {"wrong"}
         return [one.text.split()[0] for one in found]
 
@@ -163,6 +163,33 @@ def test_stages_that_cannot_divide_their_models_are_named():
     assert named("fsdp", "--sft.lora.rank=4") == ["sft", "evaluate"]
     assert named("zero3") == ["ppo", "evaluate"]
     assert named("zero3", "--reward_guard.lora.rank=4") == ["reward_guard", "ppo", "evaluate"]
+
+
+def test_ppos_own_sharding_is_held_against_what_it_goes_with():
+    def looked(*words, processes=2):
+        fsdp = Sharding(kind="fsdp")
+        found = checks.examine(of(*words), machine(processes, sharding=fsdp), [], copy=0.0)
+        return [one.text for one in found if "sharding" in one.text or "refuses" in one.text]
+
+    (evaluate,) = looked()
+    assert evaluate.startswith("evaluate of smoke keeps its models whole")
+    (_, alone) = looked(processes=1)
+    assert alone.startswith("sharding: fsdp2 divides models over processes, and there is one")
+    (_, engine) = looked("--ppo.engine.name=vllm_colocate")
+    assert engine.startswith("engine.name: vllm_colocate takes whole weights")
+    assert looked("--ppo.engine.name=vllm_colocate", "--ppo.sharding=none") == [evaluate]
+    lora = ("--ppo.sharding=fsdp2", "--ppo.roles=lora", "--ppo.lora.rank=4")
+    found = list(checks.sharding(of(*lora, "--reward.lora.rank=4"), machine(2)))
+    assert [one.text[:28] for one in found] == ["ppo of smoke keeps its model"]
+
+
+def test_a_guard_that_the_recipe_does_not_train_is_wrong():
+    word, qwen = "--ppo.guard.every=1", "qwen2.5-0.5b-hh"
+    assert not list(checks.guard(of(word), machine()))
+    assert not list(checks.guard(of(name=qwen), machine()))
+    state, text = only(checks.guard(of(word, name=qwen), machine()))
+    assert state == "wrong"
+    assert f"no configs/{qwen}/reward_guard.yaml" in text
 
 
 def test_evaluate_on_one_base_needs_adapters_of_ppo_and_reward():

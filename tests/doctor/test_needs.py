@@ -13,8 +13,12 @@ from pipeline.doctor.mending import changes, mend
 from pipeline.doctor.need import Need, Peak
 from pipeline.doctor.needs import REPLYING, Planner
 from pipeline.doctor.seen import Moment, Rehearsal, Role, reply_seconds
+from pipeline.errors import UserError
 from pipeline.lora import LoRA
+from pipeline.ppo.engine_settings import Engine
+from pipeline.ppo.guard import Guard
 from pipeline.ppo.rollout import generate
+from pipeline.ppo.settings import Reward, Source
 from pipeline.reward.scores import raw_scores
 from pipeline.training import Training
 from stages.evaluate import Config as EvaluateConfig
@@ -187,8 +191,8 @@ SMALL_COPY = 4 * (4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 300 * 64 + 64)
 """Bytes of the policy of `small_planner`: four layers, embeddings, a head, and the last norm."""
 
 
-def updating(**sharding) -> dict[str, tuple[float, ...]]:
-    peaks = small_planner(**sharding)._updating(UPDATED, PPOConfig())
+def updating(config: PPOConfig | None = None, **sharding) -> dict[str, tuple[float, ...]]:
+    peaks = small_planner(**sharding)._updating(UPDATED, config or PPOConfig())
     return {one.moment: dataclasses.astuple(one)[1:] for one in peaks}
 
 
@@ -219,6 +223,53 @@ def test_a_step_works_on_this_devices_part():
     away = {"kind": "zero2", "offload_optimizer": True}
     found = list(planner(**away)._training(SEEN, TRAINING))[1]
     assert dataclasses.astuple(found)[1:] == (1000, 0, 0, 0)
+
+
+def test_models_that_judge_lie_beside_the_roles_whole_on_every_device():
+    watched = PPOConfig(guard=Guard(every=1))
+    sources = [Source(model="reward"), Source(model="reward_guard"), Source(function="m:f")]
+    judged = PPOConfig(reward=Reward(sources=sources))
+    for sharding in ({}, {"kind": "fsdp"}):
+        plain = updating(**sharding)
+        for config in (watched, judged):
+            more = updating(config, **sharding)
+            assert {name: (*held, working) for name, (*held, working) in more.items()} == {
+                name: (*held, working + SMALL_COPY) for name, (*held, working) in plain.items()
+            }
+
+
+def test_replies_of_vllm_take_its_share_of_the_device_or_nothing_of_it():
+    place = {"server_url": "http://10.0.0.1:8000", "weights_dir": "/dev/shm/w"}
+    apart = updating(PPOConfig(engine=Engine(name="vllm_server", **place)))
+    plain = updating()
+    assert apart == {name: peak for name, peak in plain.items() if name not in REPLYING}
+    share = 0.25 * small_planner().machine.memory
+    for sleep in (True, False):
+        engine = Engine(name="vllm_colocate", gpu_memory_frac=0.25, sleep=sleep)
+        here = updating(PPOConfig(engine=engine))
+        assert here.pop("replies by vLLM") == (4000, 0, 1600, share)
+        kept = 0 if sleep else share
+        assert here == {name: (*held, work + kept) for name, (*held, work) in apart.items()}
+    found = weights("ppo", {**ADAPTED, "ppo": PPOConfig(engine=engine)})
+    assert found == weights("ppo", {**ADAPTED, "ppo": PPOConfig()})
+
+
+def test_ppos_own_setting_says_how_it_is_divided_whatever_the_file_says():
+    def found(config: PPOConfig, **sharding) -> float:
+        return weights("ppo", {**ADAPTED, "ppo": config}, **sharding)
+
+    whole = found(PPOConfig())
+    assert found(PPOConfig(sharding="fsdp2")) == found(PPOConfig(), kind="fsdp") == whole / 4
+    assert found(PPOConfig(sharding="fsdp2_offload")) == 0
+    assert found(PPOConfig(sharding="none"), kind="fsdp") == whole
+    lora = PPOConfig(sharding="fsdp2", roles="lora", lora=LoRA(rank=4))
+    assert found(lora) == found(dataclasses.replace(lora, sharding="none"))  # ppo refuses it
+
+
+def test_adapters_on_one_base_need_that_of_reward():
+    configs = {"ppo": ADAPTED["ppo"], "reward": RewardConfig()}
+    with pytest.raises(UserError, match="ppo: roles lora reads .* Set reward.lora.rank above 0"):
+        small_planner().need("ppo", configs)
 
 
 def test_replies_of_divided_models_are_planned_with_the_copy():
