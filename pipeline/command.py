@@ -97,10 +97,11 @@ def command(
 def _outcome(
     config_class: type[C], run: Callable[[C], None], argv: Sequence[str] | None, *, stage: str
 ) -> int:
-    log = logging.getLogger(f"stages.{stage}")
+    log, forced = logging.getLogger(f"stages.{stage}"), False
     try:
         end_with_launcher()
         config = load(config_class, argv, stage=stage)
+        forced = config.force
         trusted = config.trust_remote_code
         permit([*trusted, *(str(config.folder(name)) for name in trusted)])
         run(config)
@@ -112,6 +113,8 @@ def _outcome(
         code, line = _ending(error)
         if not line:
             raise
+        if forced:  # begins anew, as often as it is said
+            line = line.replace("same command goes on", "same command without FORCE=1 goes on")
         _say(log.error if code else log.info, stage, line, last=code == FAILED)
         end_with(code)
         return code

@@ -20,13 +20,13 @@ def recipe(tmp_path, monkeypatch):
     (tmp_path / "configs" / "cpu" / "toy.yaml").write_text("seed: 1\n", encoding="utf-8")
 
 
-def outcome(error, caplog):
+def outcome(error, caplog, *words):
     def run(config: StageConfig) -> None:
         if error is not None:
             raise error
 
     with caplog.at_level("INFO"):
-        code = command(StageConfig, run, [], stage="toy")
+        code = command(StageConfig, run, list(words), stage="toy")
     return code, [record.getMessage() for record in caplog.records]
 
 
@@ -98,6 +98,8 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(caplog):
     code, lines = outcome(KeyboardInterrupt(), caplog)
     assert code == 130
     assert lines == ["toy: interrupted; the same command goes on from the last resume point"]
+    _, lines = outcome(KeyboardInterrupt(), caplog, "--force=true")
+    assert lines[-1].startswith("toy: interrupted; the same command without FORCE=1 goes on from")
 
 
 def test_another_process_speaks_after_the_main_one(monkeypatch, caplog):
