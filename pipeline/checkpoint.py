@@ -11,9 +11,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pipeline import distributed
 from pipeline.circumstances import Usage, circumstances
@@ -40,6 +40,8 @@ from pipeline.storage import (
 from pipeline.tracking import Tracker, open_tracker, rows_in
 
 log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=StageConfig)
 
 POINT_COPIES = 3
 """Copies of the moved weights in a resume point: themselves and the optimizer's two moments."""
@@ -191,6 +193,29 @@ class StageRun:
     def latest_point(self) -> tuple[int, Path] | None:
         """Returns step and folder of the newest resume point, or None at a fresh start."""
         return self.points.latest()
+
+    def resolved(self, config: C) -> C:
+        """Returns the configuration with the precision that `auto` stands for.
+
+        What was chosen when the stage began is kept to, on whatever machine it goes on: the resume
+        points know it.
+
+        Args:
+            config: with a precision, or with a group `training` that has one.
+        """
+        from pipeline.models import choose_precision
+
+        training: Any = getattr(config, "training", None)
+        holder: Any = training or config
+        if holder.precision == "auto":
+            here = distributed.gather_objects(choose_precision("auto"))[0]
+            known = self.points.chosen_before().get("precision", here)
+            if self.is_main and known != here:
+                log.info("%s: goes on in %s, as it began; here it is %s", self.stage, known, here)
+            holder = replace(holder, precision=known)
+        self.points.chosen = {"precision": holder.precision}
+        changed = {"training": holder} if training else {"precision": holder.precision}
+        return replace(config, **changed)
 
     def require_space(self, moved: int, whole: int) -> None:
         """Checks that the disk has room for the resume points and the result, before training.

@@ -43,6 +43,7 @@ RECORD = mapping(
         "files": FILES,
         "config?": holds(is_object),
         "parents?": holds(is_object),
+        "chosen?": mapping({"precision?": holds(is_text)}),
     }
 )
 """What is read of a point of any version."""
@@ -63,12 +64,14 @@ class Points:
         identity: what a point must have been made with: `key`, the digest of configuration and
             parents, and both of them in plain text.
         keep: how many points stay.
+        chosen: what was left to the machine and is kept to, as precision.
     """
 
     stage: str
     folder: Path
     identity: Mapping[str, Any]
     keep: int
+    chosen: dict[str, str] = field(default_factory=dict)
     _beside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _pending: Future[None] | None = None
 
@@ -98,7 +101,8 @@ class Points:
         distributed.barrier()
         if distributed.is_main():
             sizes = {name: _size(self.folder / name) for name in LOGS}
-            record = {"step": step, "elapsed_seconds": seconds, **self.identity}
+            about = {"elapsed_seconds": seconds, "chosen": self.chosen}
+            record = {"step": step, **about, **self.identity}
             self._pending = self._beside.submit(self._publish, temporary, record, sizes)
 
     def wait(self) -> None:
@@ -156,6 +160,11 @@ class Points:
         self.wait()
         found = self.found()
         return (step_of(found[-1]), found[-1]) if found else None
+
+    def chosen_before(self) -> dict[str, str]:
+        """Returns what the newest point says was chosen; nothing at a fresh start."""
+        found = self.latest()
+        return read_json(found[1] / POINT).get("chosen", {}) if found else {}
 
     def newest_good(self) -> dict[str, Any] | None:
         """Returns the record of the newest point that verifies; drops the newer ones, saying why.

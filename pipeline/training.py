@@ -122,16 +122,17 @@ def trainer_arguments(
     seed: int,
     steps: int,
     world_size: int,
-    bf16: bool,
     recomputes: bool = False,
 ) -> dict[str, Any]:
     """Returns keyword arguments of TrainingArguments or of one of TRL's subclasses.
 
     Rows come in the dataset's own order (`row_order` has shuffled them), so a resumed run reads
     exactly the rows that are left. Logs, evaluation and saving are ours (`pipeline.callbacks`).
+    The precision is a chosen one (`StageRun.resolved`).
     """
     import torch
 
+    assert training.precision != "auto"
     decay = max(1, int(training.decay_frac * steps))
     return {
         "output_dir": str(folder / WORKSPACE),
@@ -143,7 +144,7 @@ def trainer_arguments(
         "lr_scheduler_kwargs": {"num_decay_steps": decay} if training.schedule == "stable" else {},
         "warmup_steps": min(training.warmup_steps, steps),
         "max_grad_norm": training.max_grad_norm,
-        "bf16": bf16,
+        "bf16": training.precision == "bf16",
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

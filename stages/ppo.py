@@ -371,6 +371,7 @@ def run(config: Config) -> None:
     parents = open_parents(config)
     check_engine_is_there(config.engine)
     with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
+        config = stage.resolved(config)
         trainer, validation, counts = build_trainer(config, parents, accelerator=accelerator)
         train(config, stage, trainer, validation)
         write_models(stage, trainer, sft=parents["sft"])
@@ -380,7 +381,7 @@ def run(config: Config) -> None:
             f"score {first['validation/score']:.2f} -> {last['validation/score']:.2f} "
             f"at KL {last['validation/kl']:.2f} nats, {done} of {config.updates} updates",
             chosen={
-                "precision": trainer.settings.precision,
+                **stage.points.chosen,
                 "workers": trainer.settings.workers,
                 "world_size": world_size(),
                 "sharding": config.wanted.sharding,

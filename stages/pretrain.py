@@ -199,7 +199,6 @@ def build_trainer(
     tokenizer: "PreTrainedTokenizerFast",
     corpus: Corpus,
     run: StageRun,
-    bf16: bool,
 ) -> "Trainer":
     """Returns Hugging Face's Trainer over the rows in the order they will be read."""
     from transformers import TrainingArguments
@@ -221,7 +220,6 @@ def build_trainer(
         seed=config.seed,
         steps=steps,
         world_size=world_size(),
-        bf16=bf16,
         recomputes=config.activation_checkpointing,
     )
     return LanguageModelTrainer(
@@ -299,12 +297,12 @@ def train_and_validate(
 
 
 def train(
-    config: Config, run: StageRun, *, tokenizer: "PreTrainedTokenizerFast", bf16: bool
+    config: Config, run: StageRun, *, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[Corpus, dict[str, int | float]]:
     """Returns the text that is trained on, and the headline figures; the folder holds the model."""
     model = build_model(config, tokenizer)
     text, validation = read_text(config, run.parents["data"].path, tokenizer=tokenizer)
-    trainer = build_trainer(config, model, tokenizer=tokenizer, corpus=text, run=run, bf16=bf16)
+    trainer = build_trainer(config, model, tokenizer=tokenizer, corpus=text, run=run)
     speed, final = train_and_validate(config, trainer, validation=validation, run=run)
     parameters = model.num_parameters()
     return text, summarise(config, parameters=parameters, text=text, final=final, speed=speed)
@@ -368,19 +366,18 @@ def run(config: Config) -> None:
     vocabulary = open_artifact(config.folder("tokenizer"), kind="tokenizer")
     parents = {"data": data, "tokenizer": vocabulary} | outside_parents(config, "pretrain")
     with begin(config, stage="pretrain", kind="causal-lm", parents=parents) as stage_run:
-        from pipeline.models import choose_precision, load_tokenizer
+        from pipeline.models import load_tokenizer
 
+        config = stage_run.resolved(config)
         config.training.accumulation(world_size())
-        precision = choose_precision(config.training.precision)
         tokenizer = load_tokenizer(vocabulary.path)
         if config.take_as_is:
             text, summary = take(config, stage_run, tokenizer=tokenizer, device=device)
         else:
-            bf16 = precision == "bf16"
-            text, summary = train(config, stage_run, tokenizer=tokenizer, bf16=bf16)
+            text, summary = train(config, stage_run, tokenizer=tokenizer)
         stage_run.finish(
             headline(summary),
-            chosen={"precision": precision, **origin_commit(config.init_from)},
+            chosen={**stage_run.points.chosen, **origin_commit(config.init_from)},
             summary=summary,
             card=card(config, summary, text),
         )

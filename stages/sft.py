@@ -76,7 +76,6 @@ def build_trainer(
     tokenizer: "PreTrainedTokenizerFast",
     ordered: Sequence[Example],
     run: StageRun,
-    bf16: bool,
 ) -> "SFTTrainer":
     """Returns TRL's trainer over rows that are tokenised, masked and in reading order.
 
@@ -98,7 +97,6 @@ def build_trainer(
         seed=config.seed,
         steps=len(ordered) // config.training.minibatch_size,
         world_size=world_size(),
-        bf16=bf16,
         recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
@@ -297,10 +295,10 @@ def run(config: Config) -> None:
     pretrain = open_artifact(config.folder("pretrain"), kind="causal-lm")
     parents = {"data": data, "pretrain": pretrain}
     with begin(config, stage="sft", kind="causal-lm", parents=parents) as stage_run:
-        from pipeline.models import choose_precision, load_tokenizer
+        from pipeline.models import load_tokenizer
 
+        config = stage_run.resolved(config)
         config.training.accumulation(world_size())
-        precision = choose_precision(config.training.precision)
         tokenizer = load_tokenizer(pretrain.path)
         train, validation = (
             read_examples(
@@ -318,7 +316,6 @@ def run(config: Config) -> None:
             tokenizer=tokenizer,
             ordered=ordered,
             run=stage_run,
-            bf16=precision == "bf16",
         )
         speed, final = train_and_validate(
             config, trainer, ordered=ordered, validation=validation.rows, run=stage_run
@@ -326,7 +323,7 @@ def run(config: Config) -> None:
         summary = summarise(config, train=train, ordered=ordered, final=final, speed=speed)
         stage_run.finish(
             headline(summary),
-            chosen={"precision": precision},
+            chosen=stage_run.points.chosen,
             summary=summary,
             card=card(summary, train),
         )

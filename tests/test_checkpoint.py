@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.checkpoint import begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
 from pipeline.stopping import Stopped
+from pipeline.training import Training
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +197,36 @@ def test_an_interrupted_stage_goes_on_without_a_double_or_missing_row(caplog):
     assert "sft: goes on from step 2 of runs/cpu/sft" in caplog.messages
     assert [row["step"] for row in rows()] == [1, 2, 3, 4]
     assert [row["step"] for row in rows("samples.jsonl")] == [1, 2, 3, 4]
+
+
+def test_precision_is_chosen_once_and_kept_to_on_another_machine(monkeypatch, caplog):
+    @dataclass(frozen=True, kw_only=True)
+    class Trained(StageConfig):
+        training: Training = field(default_factory=Training)
+
+    def chosen(machine: str, *, stop: bool, wanted: str = "auto", **changes) -> str:
+        monkeypatch.setattr(
+            "pipeline.models.choose_precision", lambda name: machine if name == "auto" else name
+        )
+        settings = Trained(tracking="none", training=Training(precision=wanted), **changes)
+        with caplog.at_level("INFO"), begin(settings, stage="sft", kind="x", parents={}) as run:
+            resolved = run.resolved(settings)
+            if not run.latest_point():
+                run.save_point(1, lambda path: (path / "count").write_text("1"))
+            if stop:
+                raise Killed
+            run.finish("done", chosen=run.points.chosen, summary={}, card="")
+        return resolved.training.precision
+
+    with pytest.raises(Killed):
+        chosen("bf16", stop=True)
+    assert chosen("fp32", stop=False) == "bf16"
+    assert "sft: goes on in bf16, as it began; here it is fp32" in caplog.messages
+    artifact = open_artifact(Path("runs/cpu/sft"), kind="x")
+    assert artifact.content["chosen"] == {"precision": "bf16"}
+    assert artifact.config["training"]["precision"] == "auto"
+    assert chosen("fp32", stop=False, force=True) == "fp32"  # begins anew
+    assert chosen("fp32", stop=False, wanted="bf16", run="named") == "bf16"
 
 
 def test_only_the_last_points_are_kept():

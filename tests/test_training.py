@@ -53,12 +53,17 @@ def test_values_out_of_range_are_refused_by_name(settings, message):
 
 def test_arguments_read_rows_in_order_and_write_no_pickle_of_ours(tmp_path):
     arguments = trainer_arguments(
-        Training(minibatch_size=32, microbatch_size=4, schedule="stable", decay_frac=0.5),
+        Training(
+            minibatch_size=32,
+            microbatch_size=4,
+            schedule="stable",
+            decay_frac=0.5,
+            precision="bf16",
+        ),
         folder=tmp_path,
         seed=3,
         steps=40,
         world_size=2,
-        bf16=False,
         recomputes=True,
     )
     assert arguments["gradient_accumulation_steps"] == 4
@@ -66,6 +71,7 @@ def test_arguments_read_rows_in_order_and_write_no_pickle_of_ours(tmp_path):
     assert arguments["train_sampling_strategy"] == "sequential"
     assert arguments["report_to"] == "none"
     assert arguments["activation_checkpointing"]
+    assert arguments["bf16"]
 
 
 ROWS = st.lists(st.integers(1, 50), min_size=4, max_size=60)

@@ -12,7 +12,7 @@ from pipeline.distributed import world_size
 from pipeline.errors import UserError, told
 from pipeline.fitting import fit, merge_adapter, save_merged
 from pipeline.lora import quantisation, with_adapter
-from pipeline.models import choose_precision, load_causal_lm, load_tokenizer, take_constants
+from pipeline.models import load_causal_lm, load_tokenizer, take_constants
 from pipeline.optim import build_optimizer
 from pipeline.origin import origin_commit
 from pipeline.pretrained import from_pretrained
@@ -48,13 +48,13 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
 
     The SFT model replies at first, so that it is gone when the reward model is trained.
     """
+    config = stage.resolved(config)
     data, sft = stage.parents["data"].path, stage.parents["sft"].path
     tokenizer = load_tokenizer(sft)
     reading: Reading = TokenReading(tokenizer)
     if config.init_from:
         reading = load_reading(config.init_from)
     check_length(config, sft, reading=reading)
-    precision = choose_precision(config.training.precision)
     config.training.accumulation(world_size())
     encoded = {
         split: read_split(config, split, data=data, reading=reading)
@@ -78,7 +78,6 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         rows=rows,
         sft=sft,
         reading=reading,
-        bf16=precision == "bf16",
     )
     words = Words.behind(tokens, texts, tokenizer=tokenizer)
     samples = set_constants(trainer.model, prompts, replies, words=words, reading=reading)
@@ -99,7 +98,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
     summary = summarise(report, trainer.model.config, counts)
     stage.finish(
         headline(summary),
-        chosen={"precision": precision, **origin_commit(config.init_from)},
+        chosen={**stage.points.chosen, **origin_commit(config.init_from)},
         summary=summary,
         card=card(summary, report),
     )
@@ -176,7 +175,6 @@ def build_trainer(
     *,
     reading: Reading,
     folder: Path,
-    bf16: bool,
 ) -> Trainer:
     """Returns the trainer over the rankings in the order they will be read."""
     training = config.training
@@ -190,7 +188,6 @@ def build_trainer(
         seed=config.seed,
         steps=steps,
         world_size=world_size(),
-        bf16=bf16,
         recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="SEQ_CLS", seed=config.seed)
@@ -247,7 +244,6 @@ def train(
     rows: list[dict[str, Any]],
     sft: Path,
     reading: Reading,
-    bf16: bool,
 ) -> tuple[Trainer, dict[str, int | float]]:
     """Returns the trainer after its last step, and how much it was trained on.
 
@@ -258,11 +254,10 @@ def train(
         rows: those of train that are trained on.
         sft: folder of the SFT model.
         reading: how the model reads text.
-        bf16: whether passes are in bfloat16.
     """
     training, validation = encoded["train"], encoded["validation"]
     model = build_model(config, sft, reading=reading)
-    trainer = build_trainer(config, model, rows, reading=reading, folder=stage.path, bf16=bf16)
+    trainer = build_trainer(config, model, rows, reading=reading, folder=stage.path)
     fit(
         trainer,
         stage,
