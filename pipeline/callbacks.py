@@ -5,6 +5,7 @@ lost when it goes on from a checkpoint in between.
 """
 
 import functools
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -30,6 +31,12 @@ LATEST = ("grad_norm", "learning_rate")
 UNFINISHED = "logs.json"
 """File of a resume point: the steps since the last row of metrics."""
 PICKLED = "training_args.bin"
+
+STEADIER = (
+    "Lower training.learning_rate, lengthen training.warmup_steps, or set training.precision to "
+    "fp32"
+)
+"""What to do where a loss or gradient is not finite."""
 
 Validate = Callable[[], Mapping[str, float]]
 
@@ -125,9 +132,16 @@ class FiniteGradients(TrainerCallback):
             if not torch.isfinite(total):
                 raise UserError(
                     f"the loss or its gradient is not finite at step {state.global_step + 1} on "
-                    f"rank {rank()} (first seen in {name}); the weights were not moved. Lower "
-                    f"training.learning_rate, lengthen training.warmup_steps, or set "
-                    f"training.precision to fp32"
+                    f"rank {rank()} (first seen in {name}); the weights were not moved. {STEADIER}"
+                )
+
+    def on_log(self, _args: Any, state: Any, _control: Any, *, logs: Any = None, **_: Any) -> None:
+        """Raises UserError where only the step's figures tell, as of gradients that are divided."""
+        for name in ("loss", "grad_norm"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise UserError(
+                    f"{name} is not finite at step {state.global_step}; the last resume point was "
+                    f"saved before. {STEADIER}"
                 )
 
 

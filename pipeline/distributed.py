@@ -69,6 +69,7 @@ def setup(config: StageConfig, *, shards: Collection[str] = ()) -> "Accelerator"
     """
     _refuse_lonely(config, world_size())
     _refuse_sharding(shards)
+    _refuse_flattened(config)
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -84,6 +85,11 @@ def setup(config: StageConfig, *, shards: Collection[str] = ()) -> "Accelerator"
     return accelerator
 
 
+def by_deepspeed() -> bool:
+    """Returns whether the processes were launched to divide models by DeepSpeed."""
+    return os.environ.get(SHARDING["deepspeed"]) == "true"
+
+
 def _refuse_sharding(known: Collection[str]) -> None:
     for name, variable in SHARDING.items():
         if os.environ.get(variable) != "true" or name in known:
@@ -96,6 +102,15 @@ def _refuse_sharding(known: Collection[str]) -> None:
         raise UserError(
             "this stage keeps whole models on every process, it cannot divide them as it is set. "
             "Use configs/accelerate/ddp.yaml"
+        )
+
+
+def _refuse_flattened(config: StageConfig) -> None:
+    """Raises UserError where DeepSpeed would lay matrices end to end that must stay matrices."""
+    if by_deepspeed() and getattr(getattr(config, "training", None), "optimizer", "") == "muon":
+        raise UserError(
+            "training.optimizer: muon needs whole matrices, and DeepSpeed lays them end to end. "
+            "Set it to adamw, or use configs/accelerate/fsdp2.yaml or ddp.yaml"
         )
 
 

@@ -17,14 +17,16 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from pipeline.callbacks import FiniteGradients, ResumePoints, RunLogs, Validate, Validation
 from pipeline.checkpoint import StageRun
-from pipeline.distributed import barrier, even_share, gather_objects, rank, world_size
+from pipeline.config import require
+from pipeline.distributed import barrier, by_deepspeed, even_share, gather_objects, rank, world_size
 from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
-from pipeline.restricted import restricted
+from pipeline.restricted import restricted, saved_by_deepspeed
 from pipeline.saving import saving_of
 from pipeline.stopping import keep_pace
 from pipeline.training import WORKSPACE, Training
@@ -64,9 +66,16 @@ def fit(
         UserError: a loss or gradient is not finite, or the disk has no room for what is coming.
         Stopped: a signal or the deadline ended it; a resume point is written.
     """
+    require(
+        trainer.is_deepspeed_enabled == by_deepspeed(),
+        "DeepSpeed was asked for, and accelerate leaves it out. Unset ACCELERATE_USE_CPU, or use "
+        "configs/accelerate/ddp.yaml",
+    )
     run.require_space(_bytes_of(trainer.model, trained=True), _bytes_of(trainer.model))
     prefer_fast_attention(trainer.model, bf16=trainer.args.bf16)
     done, folder = run.latest_point() or (0, None)
+    if folder:
+        check_division(folder, wanted=world_size() if trainer.is_deepspeed_enabled else 0)
     with keep_pace(saving_of(run.config), stage=run.stage) as pace:
         logs = RunLogs(run, every=training.log_every, tokens_per_step=tokens_per_step)
         if folder:
@@ -74,8 +83,8 @@ def fit(
         _follow_contract(
             trainer,
             [
-                logs,
                 FiniteGradients(),
+                logs,
                 Validation(run, validate, every=training.eval_every),
                 ResumePoints(run, pace=pace, logs=logs),
             ],
@@ -88,10 +97,34 @@ def fit(
             if run.is_main:
                 shutil.rmtree(run.path / WORKSPACE, ignore_errors=True)
         seconds = time.monotonic() - started
+    unset_hf_deepspeed_config()  # what is loaded from now on is this process's own, and whole
     barrier()
     if pace.was_asked():
         run.stop(trainer.state.global_step, pace.asked_by)
     return (trainer.state.global_step - done) * tokens_per_step / seconds
+
+
+def check_division(point: Path, *, wanted: int) -> None:
+    """Checks that a trainer takes up a resume point's state as it was saved.
+
+    Args:
+        point: folder of the resume point.
+        wanted: processes over which DeepSpeed divides the trainer's state; 0: it does not.
+
+    Raises:
+        UserError: it was divided otherwise, and the state would be lost.
+    """
+    saved = saved_by_deepspeed(point)
+    require(
+        saved == wanted or not saved,
+        f"{point} was saved by DeepSpeed on {saved} processes, and can go on so only. Run the same "
+        f"command with NPROC={saved} and its ACCELERATE_CONFIG, or with FORCE=1 to begin anew",
+    )
+    require(
+        saved == wanted,
+        f"{point} was saved without DeepSpeed, which cannot take it up. Run the same command "
+        "without its ACCELERATE_CONFIG, or with FORCE=1 to begin anew",
+    )
 
 
 def _follow_contract(trainer: Trainer, callbacks: list[TrainerCallback]) -> None:

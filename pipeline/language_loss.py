@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from pipeline.fitting import IGNORED
 from pipeline.logprobs import wide
-from pipeline.sharding import call_of, in_one_pass
+from pipeline.optim import OptimizerKeeper
+from pipeline.sharding import call_of, in_one_pass, is_partitioned
 
 CHUNK_LOGITS = 2**22
 """Logits that exist at a time, 16 MB in float32: of 8,192 words those of 512 tokens. By 128 tokens
@@ -139,7 +140,7 @@ def labelled_nll(
     return token_nll(hidden, head, targets[counts], label_smoothing=label_smoothing)
 
 
-class LanguageModelTrainer(Trainer):
+class LanguageModelTrainer(OptimizerKeeper):
     """Trainer of a causal LM whose loss never holds a batch's logits where it need not.
 
     In front of one of TRL's trainers it takes the loss's place there as well.
@@ -162,9 +163,10 @@ class LanguageModelTrainer(Trainer):
         """Returns the mean loss over the labelled tokens of all processes and microbatches.
 
         Gradients are averaged over processes afterwards, so each process's sum is multiplied by
-        their number.
+        their number. Where ZeRO 3 holds the head, which is read by itself here, the loss is the
+        model's own.
         """
-        if not self.plain_head or return_outputs:
+        if not self.plain_head or return_outputs or is_partitioned(model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return in_one_pass(model, self._loss, call_of(model), inputs, num_items_in_batch)
 

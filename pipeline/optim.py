@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import Trainer
 
 from pipeline.models import choose_precision
 from pipeline.training import Training
@@ -100,6 +101,24 @@ class MuonAdamW(torch.optim.Optimizer):
             half.step()
             start += num_groups
         return loss
+
+
+class OptimizerKeeper(Trainer):
+    """Trainer that trains with the optimizer it was given, with DeepSpeed too.
+
+    DeepSpeed's integration in Transformers throws it away and asks for Trainer's own.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.given = self.optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Returns the optimizer that was given, or where none was, Trainer's own."""
+        self.optimizer = self.optimizer or self.given
+        return super().create_optimizer(model)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

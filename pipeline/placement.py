@@ -25,7 +25,6 @@ FIRST_PORT, PORTS = 20_000, 10_000
 MOST_PER_CORE = 16
 """Processes that a core is asked to share; more would only take the machine's memory."""
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
-SHARDED = ("FSDP", "DEEPSPEED")
 PREFIXED = ("fsdp_config", "fp8_config", "dynamo_config")
 """Sections of accelerate's YAML whose entries may leave out the section's name."""
 LEFT_OPEN = {"gpu_ids": "all", "mixed_precision": "no", "dynamo_backend": "no"}
@@ -154,23 +153,33 @@ def _number(names: tuple[str, ...], *, path: Path, default: str = "") -> int:
 
 def _processors(path: Path, *, kind: str, total: int, place: dict[str, Any]) -> Placement:
     """Returns connected processes on processors; accelerate's own launcher would start one."""
-    if kind in SHARDED:
+    if kind == "FSDP":
         raise UserError(
             f"{path}: {kind} with use_cpu: accelerate would not shard, it does so on GPUs only"
         )
-    chosen = on_processors(total // place.get("machines", 1))
-    return Placement(total=total, environment=chosen.environment, **place)
+    environment = on_processors(total // place.get("machines", 1)).environment
+    if kind == "DEEPSPEED":
+        _refuse_without_deepspeed(path)
+        environment = _variables(path, total=total, place=place) | {"ACCELERATE_USE_CPU": "false"}
+    return Placement(total=total, environment=environment, **place)
+
+
+def _refuse_without_deepspeed(path: Path) -> None:
+    from accelerate.utils import is_deepspeed_available
+
+    if not is_deepspeed_available():
+        raise UserError(
+            f"{path} asks for DeepSpeed, which is not installed. Run: "
+            "pip install -c constraints.txt deepspeed; or use configs/accelerate/fsdp2.yaml, which "
+            "needs torch alone"
+        )
 
 
 def _refuse_missing(path: Path, *, kind: str, here: int) -> None:
     import torch
-    from accelerate.utils import is_deepspeed_available
 
-    if kind == "DEEPSPEED" and not is_deepspeed_available():
-        raise UserError(
-            f"{path} asks for DeepSpeed, which is not installed. Run: pip install deepspeed; or "
-            "use configs/accelerate/fsdp2.yaml, which needs torch alone"
-        )
+    if kind == "DEEPSPEED":
+        _refuse_without_deepspeed(path)
     if kind == "MULTI_CPU":
         raise UserError(f"{path}: distributed_type MULTI_CPU needs use_cpu: true")
     if (gpus := torch.cuda.device_count()) < here:

@@ -2,16 +2,27 @@
 
 optimizer.pt, scheduler.pt, rng_state.pth and state.pt are pickles, as torch writes them. torch's
 restricted loader (`weights_only=True`) reads them: it makes tensors, numbers, texts, lists and
-dictionaries, and stops at whatever else a file names.
+dictionaries, and stops at whatever else a file names. DeepSpeed asks torch for its free loader, and
+is given the restricted one with the few classes that its states are made of.
 """
 
 import contextlib
+import importlib
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from pipeline.config import require
 from pipeline.errors import UserError
+
+OF_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+"""What DeepSpeed's states name beside tensors and plain values, by module."""
 
 
 @contextlib.contextmanager
@@ -31,8 +42,28 @@ def restricted(point: Path | None) -> Iterator[None]:
     pickled = sorted(file.name for file in point.glob("*.bin"))
     require(not pickled, f"{point} holds {pickled}: its weights are safetensors alone. {mend}")
     try:
-        yield
+        with _restricted_deepspeed() if saved_by_deepspeed(point) else contextlib.nullcontext():
+            yield
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{point} holds more than tensors and plain values, such as code to run. {mend}"
         ) from error
+
+
+def saved_by_deepspeed(point: Path) -> int:
+    """Returns by how many processes DeepSpeed has saved a resume point; 0: it has not."""
+    return len(list(point.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+
+
+@contextlib.contextmanager
+def _restricted_deepspeed() -> Iterator[None]:
+    import torch
+
+    known = [
+        getattr(importlib.import_module(module), name)
+        for module, names in OF_DEEPSPEED.items()
+        for name in names
+    ]
+    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+    with mock.patch.dict(os.environ, forced), torch.serialization.safe_globals(known):
+        yield

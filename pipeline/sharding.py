@@ -157,6 +157,14 @@ def is_divided(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def is_partitioned(model: Any) -> bool:
+    """Returns whether DeepSpeed's ZeRO 3 has divided a model: each module gathers its own weights.
+
+    Every process must make the same passes here too, and no weight is there outside its module.
+    """
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
 def _call(job: Callable[[], Result]) -> Result:
     return job()
 

@@ -233,7 +233,6 @@ def test_one_process_is_plain_python():
         ("cpu", {"use_cpu": "false"}, "distributed_type MULTI_CPU needs use_cpu: true"),
         ("cpu", {"num_processes": "99999"}, "NPROC=99999: at most"),
         ("fsdp2", {"use_cpu": "true"}, "FSDP with use_cpu: accelerate would not shard"),
-        ("deepspeed_zero2", {"use_cpu": "true"}, "DEEPSPEED with use_cpu: accelerate would not"),
         ("multi_node", {}, "is for several machines, and MACHINE_RANK is not set. Run the same"),
     ],
 )
@@ -242,9 +241,18 @@ def test_what_accelerate_cannot_do_is_told(tmp_path, name, changes, message):
         as_configured(written(tmp_path, f"{name}.yaml", **changes))
 
 
+def test_deepspeed_divides_on_processors_too(tmp_path):
+    """Told by accelerate's own variable to take processors, accelerate would leave it out."""
+    found = as_configured(written(tmp_path, "deepspeed_zero2.yaml", use_cpu="true"))
+    assert found.total == 2
+    assert found.environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+    assert found.environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    assert found.environment["ACCELERATE_USE_CPU"] == "false"
+
+
 def test_deepspeed_that_is_missing_is_told(monkeypatch):
     monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: False)
-    with pytest.raises(UserError, match="asks for DeepSpeed, which is not installed. Run: pip ins"):
+    with pytest.raises(UserError, match="asks for DeepSpeed, which is not installed. Run: pip "):
         as_configured(FOLDER / "deepspeed_zero3.yaml")
 
 

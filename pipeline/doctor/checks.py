@@ -187,16 +187,24 @@ def contexts(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
 
 def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     """Yields which stages cannot divide their models, where they are to."""
+    configs = recipe.configs
     for stage in (*TRAINED, "ppo", "evaluate"):
-        kind = asked(machine, stage, recipe.configs).kind
-        if stage not in recipe.configs or not refuses(stage, recipe.configs, kind=kind):
+        kind = asked(machine, stage, configs).kind
+        if stage not in configs:
             continue
-        yield Finding(
-            "wrong",
-            f"{stage} of {recipe.name} keeps its models whole and refuses {kind}. Run it with "
-            "configs/accelerate/ddp.yaml",
-        )
-    ppo, wanted = recipe.configs["ppo"], asked(machine, "ppo", recipe.configs)
+        if refuses(stage, configs, kind=kind):
+            yield Finding(
+                "wrong",
+                f"{stage} of {recipe.name} keeps its models whole and refuses {kind}. Run it with "
+                "configs/accelerate/ddp.yaml",
+            )
+        elif kind.startswith("zero") and configs[stage].training.optimizer == "muon":
+            yield Finding(
+                "wrong",
+                f"{stage}: muon needs whole matrices, and DeepSpeed lays them end to end. Set "
+                f"{stage}.training.optimizer to adamw, or use configs/accelerate/fsdp2.yaml",
+            )
+    ppo, wanted = configs["ppo"], asked(machine, "ppo", configs)
     if wanted.kind == "fsdp" and ppo.roles == "separate":
         check_sharding(
             "fsdp2_offload" if wanted.offload_weights else "fsdp2",

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from pipeline.distributed import in_step
 from pipeline.errors import UserError
 from pipeline.logprobs import wide
 from pipeline.models import head_of, load_with_new_head
+from pipeline.optim import OptimizerKeeper
 from pipeline.reward.loss import comparison_loss
-from pipeline.sharding import call_of, in_one_pass, is_divided
+from pipeline.sharding import call_of, in_one_pass, is_divided, is_partitioned
 from pipeline.streams import stream
 
 
-class RankingTrainer(Trainer):
+class RankingTrainer(OptimizerKeeper):
     """Trainer whose rows are rankings; see `pipeline.reward.data.RankingCollator`."""
 
     loss_is_scaled_for_ga = True
@@ -41,7 +42,7 @@ class RankingTrainer(Trainer):
         Gradients are averaged over processes afterwards, so each process's sum is multiplied by
         their number.
         """
-        if is_divided(model) and "chunks" in inputs:
+        if "chunks" in inputs and (is_divided(model) or is_partitioned(model)):
             inputs = inputs | {"chunks": in_step(inputs["chunks"])}
         unwrapped = self.accelerator.unwrap_model(model)
         loss, scores = in_one_pass(model, _summed, call_of(model), inputs, unwrapped)

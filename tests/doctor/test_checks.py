@@ -161,8 +161,12 @@ def test_stages_that_cannot_divide_their_models_are_named():
     assert named("fsdp") == ["evaluate"]
     assert named("fsdp", *adapters) == ["reward", "ppo", "evaluate"]
     assert named("fsdp", "--sft.lora.rank=4") == ["sft", "evaluate"]
-    assert named("zero3") == ["ppo", "evaluate"]
-    assert named("zero3", "--reward_guard.lora.rank=4") == ["reward_guard", "ppo", "evaluate"]
+    adamw = [f"--{stage}.training.optimizer=adamw" for stage in checks.TRAINED]
+    assert named("zero3", *adamw) == ["ppo", "evaluate"]
+    guard = "--reward_guard.lora.rank=4"
+    assert named("zero3", *adamw, guard) == ["reward_guard", "ppo", "evaluate"]
+    assert named("zero2", *adamw[1:]) == ["pretrain:", "ppo", "evaluate"]
+    assert named("fsdp", *adamw[1:]) == ["evaluate"]
 
 
 def test_ppos_own_sharding_is_held_against_what_it_goes_with():
