@@ -183,10 +183,9 @@ class Config(TrainingConfig):
 
     def settings(self, device: Any) -> Settings:
         """Returns what the trainer needs to know, what is left to the device chosen for it."""
-        from pipeline.models import choose_precision
         from pipeline.parallel import choose_workers
 
-        whole = sharding_of(self.sharding) == "none"
+        wanted = self.wanted
         return Settings(
             seed=self.seed,
             updates=self.updates,
@@ -195,8 +194,8 @@ class Config(TrainingConfig):
             microbatch_size=self.microbatch_size,
             max_response_tokens=self.max_response_tokens,
             temperature=self.temperature,
-            precision=choose_precision(self.precision),
-            workers=choose_workers(self.workers if whole else 1, device),
+            precision=wanted.precision,
+            workers=choose_workers(self.workers if wanted.sharding == "none" else 1, device),
             kl=self.kl,
             reward=self.reward,
             advantage=self.advantage,
