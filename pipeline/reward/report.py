@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from pipeline.evaluation.statistics import Estimate, ratio, resample
 
 MARGIN_EDGES = (0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
-"""Bins of the difference of mean ratings; the last is open."""
+"""Bins of the difference of mean ratings, from the least that counts on; the last is open."""
 LENGTH_EDGES = (float("-inf"), -10.0, -3.0, 4.0, 11.0, float("inf"))
 """Bins of words of the better text less those of the worse."""
 CALIBRATION_BINS = 10
@@ -91,7 +91,8 @@ def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
     hits = agreements(rated.scores, better=better, worse=worse)
     gap = rated.ratings[better] - rated.ratings[worse]
     longer = rated.lengths[better] - rated.lengths[worse]
-    report["by_margin"] = binned(hits, gap, edges=MARGIN_EDGES)
+    edges = [min_gap, *(edge for edge in MARGIN_EDGES if edge > min_gap)]
+    report["by_margin"] = binned(hits, gap, edges=edges)
     report["by_length_difference"] = binned(hits, longer, edges=LENGTH_EDGES)
     report["calibration"] = calibration(rated.scores, better=better, worse=worse)
     report["correlation"] = correlation(rated.scores, rated.ratings)

@@ -138,6 +138,21 @@ def test_the_whole_report():
     assert reward_report({"alone": alone})["mean_accuracy"] is None
 
 
+@pytest.mark.parametrize(
+    ("min_gap", "edges"),
+    [(0.0, [0.0, 0.5]), (0.1, [0.1, 0.5]), (0.5, [0.5, 1.0]), (1.2, [1.2, 1.5])],
+)
+def test_every_pair_that_counts_has_its_bin(min_gap, edges):
+    ratings = np.array([0.0, 0.2, 0.5, 1.5, 4.5])
+    spread = rated(
+        ratings=ratings, scores=ratings, lengths=np.ones(5), scales=["s"] * 5, groups=["s"] * 5
+    )
+    one = reward_report({"x": spread}, min_gap=min_gap)["sets"]["x"]
+    for bins in (one["by_margin"], one["by_length_difference"]):
+        assert sum(each["num_pairs"] for each in bins) == one["num_pairs"]
+    assert [one["by_margin"][0][end] for end in ("from", "to")] == edges
+
+
 def test_pairs_are_resampled_whole():
     # Two pairs of one document: a text never occurs without its partner.
     pairs = rated(
