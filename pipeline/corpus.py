@@ -10,6 +10,7 @@ from pipeline.config import require
 from pipeline.data.tables import stage_rows
 from pipeline.distributed import is_main
 from pipeline.errors import UserError
+from pipeline.instructions import IGNORED
 from pipeline.tokenizer import rendering, tokens_of
 
 if TYPE_CHECKING:
@@ -130,8 +131,14 @@ def encode_documents(
 
 
 def stack(rows: Sequence["Tensor"]) -> dict[str, "Tensor"]:
-    """Returns packed rows as a batch whose every token is a label."""
+    """Returns packed rows as a batch whose every token is a label, but a row's first.
+
+    Nothing predicts that one; Trainer divides a loss by the labels it counts, and of some models
+    (GPT-2) it counts the first ones too.
+    """
     import torch
 
     ids = torch.stack(list(rows))
-    return {"input_ids": ids, "labels": ids}
+    labels = ids.clone()
+    labels[:, 0] = IGNORED
+    return {"input_ids": ids, "labels": labels}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.fitting import IGNORED
+from pipeline.heads import reshapes_logits
 from pipeline.logprobs import wide
 from pipeline.optim import OptimizerKeeper
 from pipeline.sharding import call_of, in_one_pass, is_partitioned
@@ -25,11 +26,6 @@ CHUNK_LOGITS = 2**22
 it takes 1.4 times as long (docs/LOG.md, 2026-11-26)."""
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at a time at least, however many words there are."""
-RESHAPED_LOGITS = (
-    "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier",
-    "lm_head_multiplier",
-)  # fmt: skip
-"""Configuration fields of models whose logits are more than hidden states times the head."""
 
 
 def token_nll(
@@ -104,13 +100,10 @@ def _chunk(logits: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor
 def plain_head(model: PreTrainedModel) -> bool:
     """Returns whether a model's logits are its last hidden states times a matrix, nothing else."""
     head = model.get_output_embeddings()
-    scaled = [
-        name for name in RESHAPED_LOGITS if getattr(model.config, name, None) not in (None, 1)
-    ]
     return (
         isinstance(head, nn.Linear)
         and getattr(head, "bias", None) is None
-        and not scaled
+        and not reshapes_logits(model.config)
         and "logits_to_keep" in inspect.signature(model.forward).parameters
     )
 

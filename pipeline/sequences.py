@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention import packed_inputs
+from pipeline.heads import logits_head
 from pipeline.last_layer import only
 from pipeline.logprobs import picked, wide
 from pipeline.sizes import filled_up
@@ -136,7 +137,7 @@ def next_logits(
     temperature: float = 1.0,
 ) -> Float[Tensor, "token vocabulary"]:
     """Returns the logits after each state, divided by the temperature, float32 or wider."""
-    logits = model.get_output_embeddings()(states)
+    logits = logits_head(model)(states)
     return wide(logits) / temperature
 
 
@@ -159,7 +160,7 @@ def token_logprobs(
     """Returns log pi of each token after its state."""
 
     def figures(states: Tensor, tokens: Tensor) -> tuple[Tensor]:
-        logits = model.get_output_embeddings()(states)
+        logits = logits_head(model)(states)
         return (picked(logits, tokens, temperature=temperature)[0],)
 
     return _in_pieces(figures, states, tokens)[0]
@@ -175,7 +176,7 @@ def token_logprobs_and_entropy(
     """Returns log pi of each token after its state, and -sum p log p there, in nats."""
 
     def figures(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.get_output_embeddings()(states)
+        logits = logits_head(model)(states)
         chosen, entropies = picked(logits, tokens, temperature=temperature, entropy=True)
         assert entropies is not None
         return chosen, entropies

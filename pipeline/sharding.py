@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import require
 from pipeline.distributed import is_main, world_size
+from pipeline.heads import logits_head
 from pipeline.last_layer import as_wanted_now
 
 Result = TypeVar("Result")
@@ -84,7 +85,7 @@ class Sharded:
 
     def get_output_embeddings(self) -> Any:
         """Returns the head of a causal LM."""
-        return self.model.get_output_embeddings()
+        return logits_head(self.model)
 
     @property
     def score(self) -> Any:

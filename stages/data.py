@@ -10,7 +10,7 @@ origin, hash, licence, rows kept and rows dropped by reason.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -240,11 +240,16 @@ def _instructions(
 
 
 def _add_prompts(collected: Collection) -> None:
-    """Adds the prompts of the user's own rows, else of the instructions, each seen once."""
+    """Adds the prompts of the user's own rows, else of the instructions, each seen once.
+
+    Those of validation and test are in no earlier split of any type that was added before.
+    """
     origin = "prompts" if collected.has("prompts") else "instructions"
     if collected.has(origin):
         source = collected.source_of[origin]
-        kept, dropped = kept_prompts(collected.rows(origin), texts=collected.rows("text"))
+        others = [collected.rows(row_type) for row_type in collected.counts if row_type != origin]
+        texts = {split: chain(*(rows.get(split, ()) for rows in others)) for split in SPLITS}
+        kept, dropped = kept_prompts(collected.rows(origin), texts=texts)
         source.drop("prompts", dropped)
         prompts = {
             split: map(prompt_row, compress(rows, kept[split]))

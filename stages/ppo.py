@@ -105,9 +105,8 @@ class Config(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = (
-            "updates", "prompts_per_update", "minibatch_size", "microbatch_size",
-            "max_prompt_tokens", "max_response_tokens", "temperature", "validate_every",
-            "validation_prompts",
+            "updates", "prompts_per_update", "minibatch_size", "microbatch_size", "temperature",
+            "max_prompt_tokens", "max_response_tokens", "validate_every", "validation_prompts",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -282,8 +281,7 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
     """Runs the updates that are left, with validation and resume points on the way."""
     stage.require_space(trainer.moved_bytes, trainer.moved_bytes)
     point = stage.latest_point()
-    steered = config.kl.controller == "adaptive"
-    diagnoser = Diagnoser(kl_target=config.kl.target if steered else None)
+    diagnoser = Diagnoser(kl_target=None if config.kl.controller == "fixed" else config.kl.target)
 
     def look(update: int) -> None:
         metrics = validation.look(stage, update=update, judged=config.judges(update))
@@ -334,16 +332,17 @@ def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> No
                 load_tokenizer(sft.path).save_pretrained(folder)
 
 
-def card(config: Config, first: dict[str, float], last: dict[str, float], *, updates: int) -> str:
+def card(config: Config, validation: "Validation", *, updates: int) -> str:
     """Returns the model card."""
+    first, last = validation.looks[0], validation.looks[updates]
     rows = "\n".join(f"| {name} | {first[name]:.3f} | {last[name]:.3f} |" for name in sorted(last))
     return f"""# PPO policy of {config.run_dir.name}
 
 The SFT model of this run, aligned with {config.reward.described} by {updates} PPO updates of
-{config.prompts_per_update} prompts under a KL penalty ({config.kl.controller} controller). A
+{config.prompts_per_update} responses under a KL penalty ({config.kl.controller} controller). A
 reward model of this pipeline learned what raters call positive: sentiment, not helpfulness.
 
-On {config.validation_prompts} validation prompts, before and after:
+On {len(validation.prompts)} validation prompts, before and after:
 
 | figure | SFT | PPO |
 |---|---|---|
@@ -387,7 +386,7 @@ def run(config: Config) -> None:
                 **({"constants": measured} if (measured := trainer.rewards.measured) else {}),
             },
             summary={**last, **counts, "updates": done},
-            card=card(config, first, last, updates=done),
+            card=card(config, validation, updates=done),
         )
 
 

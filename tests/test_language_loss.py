@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from pipeline import language_loss
+from pipeline.corpus import stack
 from pipeline.language_loss import LanguageModelTrainer, plain_head, token_nll
 from tests.support import assert_close, tiny_llama
 
@@ -87,3 +88,21 @@ def test_the_trainers_loss_is_the_models_own_on_the_labelled_tokens(tmp_path, sm
     theirs = torch.autograd.grad(expected, list(model.parameters()))
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our, their, tolerance=1e-6)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=24)).eval()
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_the_loss_of_packed_rows_is_the_mean_over_the_tokens_that_are_predicted(tmp_path, build):
+    model = build()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = LanguageModelTrainer(language_model=model, model=model, args=arguments)
+    ids = torch.randint(5, 24, (3, 4))
+    batches, counted = trainer.get_batch_samples(iter([stack(ids)]), 1, torch.device("cpu"))
+    found = trainer.compute_loss(model, batches[0], num_items_in_batch=counted)
+    logits = model(input_ids=ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert int(counted) == 3 * 3  # of four tokens in a row three are predicted
+    assert_close(found, expected, tolerance=1e-6)

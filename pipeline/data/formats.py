@@ -159,7 +159,11 @@ def _ranking(row: Row) -> Row:
 def _ratings(given: Any) -> list[int]:
     if not isinstance(given, list):
         raise _BadRowError("ratings must hold a list for each of the responses")
-    return [round(_number(value, "ratings")) for value in given]
+    numbers = [_number(value, "ratings") for value in given]
+    broken = [number for number in numbers if not number.is_integer()]
+    if broken:
+        raise _BadRowError(f"ratings must be whole numbers, got {broken[0]!r}; multiply them all")
+    return [int(number) for number in numbers]
 
 
 def _prompt_value(row: Row, name: str) -> str | list[dict[str, str]]:

@@ -27,7 +27,7 @@ def kept_prompts(
 
     Args:
         rows: rows with `prompt`, by split.
-        texts: text rows by split, whose turns count as seen.
+        texts: rows of other types by split, whose turns and prompts count as seen.
     """
     import numpy as np
 
@@ -36,7 +36,7 @@ def kept_prompts(
     seen = np.empty(0, np.uint64)
     for split in SPLITS:
         prompts = (" ".join(texts_of(row["prompt"])) for row in rows.get(split, ()))
-        said = (text for row in texts.get(split, ()) for text in row_texts(row))
+        said = (text for row in texts.get(split, ()) for text in _seen_in(row))
         keys = _keys(prompts)
         is_seen, is_first = np.isin(keys, seen), np.zeros(len(keys), np.bool_)
         is_first[np.unique(keys, return_index=True)[1]] = True
@@ -46,6 +46,12 @@ def kept_prompts(
         if split != SPLITS[-1]:
             seen = np.unique(np.concatenate([seen, keys, _keys(said)]))
     return kept, +dropped
+
+
+def _seen_in(row: Row) -> list[str]:
+    """Returns every turn of a row, and its prompt as a whole."""
+    prompts = [row["prompt"]] if "prompt" in row else row.get("prompts", [])
+    return [*row_texts(row), *(" ".join(texts_of(prompt)) for prompt in prompts)]
 
 
 def prompt_row(row: Row) -> Row:

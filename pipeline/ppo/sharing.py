@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeline.attention import attention_of, pack
 from pipeline.config import require
+from pipeline.heads import logits_head
 from pipeline.lora import (
     ADAPTER,
     LoRA,
@@ -164,7 +165,7 @@ class AdaptedPolicy:
 
     def get_output_embeddings(self) -> Any:
         """Returns the head, read through this role's adapter."""
-        return self.base.through(self.adapter).get_output_embeddings()
+        return logits_head(self.base.through(self.adapter))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the adapter's weights."""

@@ -72,6 +72,7 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
     spent = {"minutes": minutes, "peak_memory_gib": max(stage.memory for stage in stages)}
     logged = read_jsonl(artifacts["ppo"].path / "metrics.jsonl")
     report = results.get("reward_model") or {}
+    course, stays = curves(logged), not moves_reference(artifacts["ppo"])
     return {
         "title": title,
         "about": ABOUT,
@@ -80,7 +81,8 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
         "results": results,
         "equal_kl": equal_kl_sentence(results["equal_kl"]),
         "num_prompts": len(records),
-        "frontier": frontier(results, course=curves(logged)) + guard_charts(curves(logged)),
+        "frontier": frontier(results, course=course if stays else {})
+        + guard_charts(course, reference="SFT" if stays else "the reference of the moment"),
         "diagnoses": diagnoses(logged),
         "num_rules": len(RULES),
         "rollouts": list(kept_rollouts(artifacts["ppo"].path)),
@@ -110,6 +112,12 @@ def stage_view(artifact: Artifact) -> StageView:
         summary=flatten(artifact.summary),
         charts=charts_of(read_jsonl(artifact.path / "metrics.jsonl")),
     )
+
+
+def moves_reference(ppo: Artifact) -> bool:
+    """Returns whether the KL that PPO logged is to a reference that was SFT at first only."""
+    rate: float = ppo.config.get("kl", {}).get("reference_rate", 0.0)
+    return rate > 0
 
 
 def diagnoses(rows: Sequence[Mapping[str, Any]]) -> list[Diagnosis]:

@@ -18,7 +18,7 @@ def frontier(results: Mapping[str, Any], *, course: Mapping[str, Curve]) -> list
 
     Args:
         results: what `evaluate` found.
-        course: metrics of the ppo stage, by name.
+        course: metrics of the ppo stage, by name; none where their KL is not to SFT.
     """
     training = _course(course)
     return [
@@ -37,10 +37,14 @@ def frontier(results: Mapping[str, Any], *, course: Mapping[str, Curve]) -> list
     ]
 
 
-def guard_charts(course: Mapping[str, Curve]) -> list[Chart]:
+def guard_charts(course: Mapping[str, Curve], *, reference: str = "SFT") -> list[Chart]:
     """Returns guard and reward model along training against the square root of the KL, if any.
 
     In sqrt(KL) over-optimisation is a parabola that turns down (Gao et al. 2023, section 3).
+
+    Args:
+        course: metrics of the ppo stage, by name.
+        reference: what their KL is to.
     """
     guard, score, kl = (
         dict(course.get(name, [])) for name in ("guard/score", "validation/score", "validation/kl")
@@ -56,7 +60,7 @@ def guard_charts(course: Mapping[str, Curve]) -> list[Chart]:
                 Series(label=label, x=x, y=[curve[step] for step in steps], marks="both")
                 for label, curve in (("guard", guard), ("reward model", score))
             ],
-            x_label="square root of the KL to SFT, nats",
+            x_label=f"square root of the KL to {reference}, nats",
         )
     ]
 

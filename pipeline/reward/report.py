@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from pipeline.evaluation.statistics import Estimate, ratio, resample
 
 MARGIN_EDGES = (0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
-"""Bins of the difference of mean ratings; the last is open."""
+"""Bins of the difference of mean ratings, from the least that counts on; the last is open."""
 LENGTH_EDGES = (float("-inf"), -10.0, -3.0, 4.0, 11.0, float("inf"))
 """Bins of words of the better text less those of the worse."""
 CALIBRATION_BINS = 10
@@ -73,7 +73,8 @@ def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
     report: dict[str, Any] = {"num_texts": len(rated.ratings), "num_pairs": len(better)}
     if not len(better):
         return report
-    weights = resample(bootstrap_units(rated), samples=BOOTSTRAP_SAMPLES, seed=seed)
+    units = bootstrap_units(rated)
+    weights = resample(units, samples=BOOTSTRAP_SAMPLES, seed=seed)
     rivals = {
         "accuracy": rated.scores,
         "longer_wins": rated.lengths,
@@ -83,12 +84,15 @@ def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
         report[name] = None
         if scores is not None:
             hits = agreements(scores, better=better, worse=worse)
-            report[name] = asdict(accuracy(hits, better=better, worse=worse, weights=weights))
+            report[name] = asdict(
+                accuracy(hits, better=better, worse=worse, weights=weights, units=units)
+            )
     report["one_human_rater"] = human_ceiling(rated, min_gap=min_gap, seed=seed)
     hits = agreements(rated.scores, better=better, worse=worse)
     gap = rated.ratings[better] - rated.ratings[worse]
     longer = rated.lengths[better] - rated.lengths[worse]
-    report["by_margin"] = binned(hits, gap, edges=MARGIN_EDGES)
+    edges = [min_gap, *(edge for edge in MARGIN_EDGES if edge > min_gap)]
+    report["by_margin"] = binned(hits, gap, edges=edges)
     report["by_length_difference"] = binned(hits, longer, edges=LENGTH_EDGES)
     report["calibration"] = calibration(rated.scores, better=better, worse=worse)
     report["correlation"] = correlation(rated.scores, rated.ratings)
@@ -147,20 +151,27 @@ def accuracy(
     better: Pairs,
     worse: Pairs,
     weights: Float[np.ndarray, "sample text"],
+    units: Sequence[str],
 ) -> Estimate:
     """Returns the share of agreeing pairs with its interval, from a bootstrap over texts.
 
-    A pair occurs in a sample as often as its two texts do together: w_better w_worse times. Both
-    sums are quadratic forms in the weights, so that no list of resampled pairs is built.
+    A pair of texts that are drawn apart occurs in a sample as often as the two do together:
+    w_better w_worse times. One whose texts are drawn together occurs as often as they are drawn, w
+    times: squares would make its interval 1.6 times too wide. Both sums are forms in the weights,
+    so that no list of resampled pairs is built.
 
     Args:
         hits: agreement of each pair.
         better: index of each pair's better text.
         worse: index of each pair's worse text.
         weights: how often each text occurs in each bootstrap sample.
+        units: what each text is drawn with.
     """
+    unit = np.unique(np.asarray(units), return_inverse=True)[1]
+    together = unit[better] == unit[worse]
     counted, agreeing = (
-        _quadratic_forms(values, better=better, worse=worse, weights=weights)
+        _quadratic_forms(values * ~together, better=better, worse=worse, weights=weights)
+        + weights @ np.bincount(better, values * together, minlength=len(unit))
         for values in (np.ones_like(hits), hits)
     )
     whole = ratio(hits, np.ones_like(hits), np.ones((1, len(hits))))

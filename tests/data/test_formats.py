@@ -106,6 +106,11 @@ def test_rows_that_are_taken(row_type, row, expected):
         ("preferences", RANKING | {"responses": ["a"]}, "responses must be a list of at least two"),
         ("preferences", RANKING | {"scores": [1]}, "scores must be a list as long as responses"),
         ("preferences", RANKING | {"ids": ["1"]}, "ids and ratings must be lists as long as"),
+        (
+            "preferences",
+            RANKING | {"ratings": [[1, 2.0], [0.4]]},
+            "ratings must be whole numbers, got 0.4; multiply them all",
+        ),
         ("preferences", RANKING | {"responses": ["a", ""]}, "response is empty"),
     ],
 )

@@ -91,7 +91,9 @@ def test_the_chart_is_drawn_where_a_guard_judged():
     assert guard_charts(curves(rows)) == []
     rows[1]["guard/score"], rows[3]["guard/score"] = 0.5, 0.2
     (chart,) = guard_charts(curves(rows))
-    assert "guard, reward model by square root of the KL" in chart.description
+    assert chart.description.endswith("guard, reward model by square root of the KL to SFT, nats")
+    (chart,) = guard_charts(curves(rows), reference="what moved")
+    assert chart.description.endswith("square root of the KL to what moved, nats")
 
 
 @pytest.fixture(scope="module")

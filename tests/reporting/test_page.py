@@ -111,6 +111,20 @@ def test_lineage_time_and_memory_of_every_stage(content):
     assert content["minutes"] == sum(stage.minutes for stage in content["stages"])
 
 
+def test_a_kl_to_a_moved_reference_is_not_drawn_as_one_to_sft(tmp_path):
+    run = artifacts(fake_run(tmp_path / "run"))
+
+    def told(rate: float) -> list[str]:
+        run["ppo"].config["kl"] = {"reference_rate": rate}
+        charts = page_content(run, title="run")["frontier"]
+        return [chart.description for chart in charts]
+
+    assert "PPO while training" in told(0.0)[-1]
+    assert told(0.5)[-1].endswith(
+        ": SFT, best of n, at its KL bound, PPO by KL to SFT, nats per response"
+    )
+
+
 def test_what_a_model_wrote_is_shown_and_never_obeyed(tmp_path):
     run = fake_run(tmp_path / "run", rows=hostile_records())
     html = render(page_content(artifacts(run), title="<b>run</b>"))

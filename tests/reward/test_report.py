@@ -63,8 +63,9 @@ def test_the_interval_is_the_bootstrap_over_texts():
     scores = ratings + generator.normal(size=40)
     better, worse = comparable_pairs(ratings, ["s"] * 40, min_gap=0.5)
     hits = agreements(scores, better=better, worse=worse)
-    weights = resample([str(i) for i in range(40)], samples=200, seed=1)
-    found = accuracy(hits, better=better, worse=worse, weights=weights)
+    units = [str(i) for i in range(40)]
+    weights = resample(units, samples=200, seed=1)
+    found = accuracy(hits, better=better, worse=worse, weights=weights, units=units)
     draws = []
     for w in weights:  # the slow way: every pair as often as its two texts occur together
         counts = [w[b] * w[c] for b, c in zip(better, worse, strict=True)]
@@ -137,6 +138,21 @@ def test_the_whole_report():
     assert reward_report({"alone": alone})["mean_accuracy"] is None
 
 
+@pytest.mark.parametrize(
+    ("min_gap", "edges"),
+    [(0.0, [0.0, 0.5]), (0.1, [0.1, 0.5]), (0.5, [0.5, 1.0]), (1.2, [1.2, 1.5])],
+)
+def test_every_pair_that_counts_has_its_bin(min_gap, edges):
+    ratings = np.array([0.0, 0.2, 0.5, 1.5, 4.5])
+    spread = rated(
+        ratings=ratings, scores=ratings, lengths=np.ones(5), scales=["s"] * 5, groups=["s"] * 5
+    )
+    one = reward_report({"x": spread}, min_gap=min_gap)["sets"]["x"]
+    for bins in (one["by_margin"], one["by_length_difference"]):
+        assert sum(each["num_pairs"] for each in bins) == one["num_pairs"]
+    assert [one["by_margin"][0][end] for end in ("from", "to")] == edges
+
+
 def test_pairs_are_resampled_whole():
     # Two pairs of one document: a text never occurs without its partner.
     pairs = rated(
@@ -173,3 +189,20 @@ def test_rows_of_one_document_are_resampled_together():
     assert interval(["right", "right", "wrong", "wrong"] * 4) == (0.0, 1.0)
     low, high = interval([f"document {text // 2}" for text in range(16)])
     assert 0.0 < low < 0.5 < high < 1.0
+
+
+def test_the_interval_of_pairs_is_that_of_independent_draws():
+    # 400 pairs, 280 right. As a share of independent draws: 0.7 within 1.96 sqrt(0.7 0.3 / 400).
+    generator = np.random.default_rng(0)
+    right = generator.permutation(400) < 280
+    pairs = rated(
+        scores=np.stack([right, ~right], axis=1).astype(float).ravel(),
+        ratings=np.array([1.0, 0.0] * 400),
+        lengths=np.ones(800),
+        scales=[f"row {text // 2}" for text in range(800)],
+        groups=[f"document {text // 2}" for text in range(800)],
+    )
+    found = reward_report({"pairs": pairs})["sets"]["pairs"]["accuracy"]
+    half = 1.96 * (0.7 * 0.3 / 400) ** 0.5
+    assert found["value"] == pytest.approx(0.7)
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.12)

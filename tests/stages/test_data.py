@@ -132,6 +132,31 @@ def test_own_rows_alone(tmp_path):
         run(config_of(tmp_path / "no-prompts", text=own, chats=Chats(source="none")))
 
 
+def test_a_question_whose_pairs_train_is_no_test_prompt(tmp_path):
+    # The two files name their documents in different ways, so splits by document do not meet.
+    questions = [f"What is number {n}?" for n in range(60)]
+    pairs = [
+        {"prompt": question.lower(), "chosen": "a", "rejected": "b", "group": f"pair {number}"}
+        for number, question in enumerate(questions)
+    ]
+    files = {"prompts": [{"prompt": question} for question in questions], "preferences": pairs}
+    own = {}
+    for row_type, rows in files.items():
+        (tmp_path / row_type).mkdir()
+        split = Split(validation_frac=0.2, test_frac=0.3)
+        own[row_type] = OwnRows(path=own_file(tmp_path / row_type, rows), split=split)
+    run(config_of(tmp_path, **own, chats=Chats(source="none"), ratings=Ratings(source="none")))
+    folder = tmp_path / "run" / "data"
+    learned = texts_of(folder, "preferences", "train") | texts_of(
+        folder, "preferences", "validation"
+    )
+    test = texts_of(folder, "prompts", "test")
+    assert test
+    assert not test & learned
+    dropped = json.loads((folder / "sources.json").read_text())[0]["dropped"]
+    assert dropped["prompts: a test prompt occurs in an earlier split"] > 0
+
+
 def test_a_malformed_row_leaves_nothing_behind(tmp_path, capfd):
     path = tmp_path / "own.jsonl"
     path.write_text('{"text": "a"}\n{"text": ""}\n')
