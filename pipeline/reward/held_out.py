@@ -37,12 +37,14 @@ def held_out_report(
         data: folder of the data stage.
         split: validation for choices; test is read by `evaluate` alone.
         row_type: preferences or guard_preferences.
-        max_length: longer texts are left out, as in training.
+        max_length: longer texts are left out, as in training; the bag of words learns from the
+            same texts as the model.
         min_gap: least difference of mean ratings of a pair that counts.
         seed: seed of the bootstrap and of the baseline's sample of comparisons.
     """
-    held_out = encode(
-        read_rankings(data, row_type, split=split), reading=reading, max_length=max_length
+    training, held_out = (
+        encode(read_rankings(data, row_type, split=name), reading=reading, max_length=max_length)
+        for name in ("train", split)
     )
     scores = raw_scores(
         model,
@@ -50,8 +52,9 @@ def held_out_report(
         pad_id=reading.tokenizer.pad_token_id,
         separator=reading.separator,
     )
-    training = read_rankings(data, row_type, split="train")
-    sets = rated_sets(held_out, scores=scores, training=training, min_gap=min_gap, seed=seed)
+    sets = rated_sets(
+        held_out, scores=scores, training=training.rankings, min_gap=min_gap, seed=seed
+    )
     return {"split": split, **reward_report(sets, min_gap=min_gap, seed=seed)}
 
 
