@@ -19,6 +19,7 @@ from pipeline.callbacks import FiniteGradients
 from pipeline.distributed import even_share, gather_objects, in_step, is_main, on_main, rank
 from pipeline.fitting import mean_nll
 from pipeline.language_loss import LanguageModelTrainer
+from pipeline.optim import build_optimizer
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.settings import KL, Optimisation
 from pipeline.ppo.trainer import PPOTrainer
@@ -26,6 +27,7 @@ from pipeline.reward.data import RankingCollator
 from pipeline.reward.scores import raw_scores
 from pipeline.reward.training import RankingTrainer
 from pipeline.sharding import Sharded, layers_of, recompute, whole, whole_tensor
+from pipeline.training import Training
 from tests.ppo import worlds
 from tests.support import assert_close, tiny_llama, tiny_reward_model
 
@@ -261,6 +263,23 @@ def check_the_language_models_loss_and_gradients():
     same_gradients(divided, plain)
     assert theirs.plain_head
     FiniteGradients().on_pre_optimizer_step(None, None, None, model=divided)
+
+
+def check_muon_moves_divided_matrices_as_whole_ones():
+    divided, plain = wrapped(tiny_llama()), tiny_llama()
+    training = Training(optimizer="muon", weight_decay=0.1, precision="fp32")
+    ids = torch.arange(18).reshape(3, 6) % 20 + 2
+    for model in (divided, plain):
+        optimizer = build_optimizer(model, training)
+        for _ in range(3):
+            logits = model(ids).logits[:, :-1]
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    untrained = dict(tiny_llama().named_parameters())
+    for (name, ours), theirs in zip(divided.named_parameters(), plain.parameters(), strict=True):
+        assert not torch.equal(theirs, untrained[name]), name
+        assert_close(whole_tensor(ours.detach(), CPU), theirs.detach(), tolerance=WEIGHTS)
 
 
 def rankings() -> list[list[dict[str, Any]]]:
