@@ -118,7 +118,7 @@ def labelled_nll(
     read: Callable[..., Any],
     inputs: Mapping[str, Any],
     *,
-    head: Tensor,
+    head: nn.Linear,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Returns the summed negative log-likelihood of a batch's labels; only these meet the head.
@@ -126,7 +126,8 @@ def labelled_nll(
     Args:
         read: causal LM of a plain head, perhaps in wrappers.
         inputs: what it reads, and labels (`IGNORED` where a position does not count).
-        head: its output embeddings.
+        head: its output embeddings. Where Accelerate divides the model, their weights are whole
+            once it was read, and not before.
         label_smoothing: as in `token_nll`.
     """
     rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
@@ -136,7 +137,7 @@ def labelled_nll(
     hidden = output.hidden_states[-1][:, :-1][counts]
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return token_nll(hidden, head, targets[counts], label_smoothing=label_smoothing)
+    return token_nll(hidden, head.weight, targets[counts], label_smoothing=label_smoothing)
 
 
 class LanguageModelTrainer(Trainer):
@@ -177,7 +178,7 @@ class LanguageModelTrainer(Trainer):
         total = labelled_nll(
             read,
             inputs,
-            head=self.language_model.get_output_embeddings().weight,
+            head=self.language_model.get_output_embeddings(),
             label_smoothing=self.args.label_smoothing_factor,
         )
         return total * self.accelerator.num_processes / num_items_in_batch
