@@ -198,6 +198,34 @@ def test_where_nothing_can_be_captured_steps_are_run(fake_cuda, monkeypatch, cap
 
 
 @torch.no_grad()
+def test_a_capture_that_ends_badly_leaves_the_stream_that_was_on(fake_cuda, monkeypatch):
+    on = [torch.cuda.current_stream()]
+
+    class Chosen:  # as torch.cuda.stream
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, on[0] = on[0], self.stream
+
+        def __exit__(self, *_):
+            on[0] = self.before
+
+    class Broken(Chosen):  # as torch.cuda.graph, which raises before it puts its own stream back
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "stream", Chosen)
+    model = tiny_llama().double()
+    plain, ours = steps(model), steps(model)
+    ours.captures = True
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    ids = torch.tensor([[4], [5]])
+    assert_close(ours.step(ids), plain.step(ids), tolerance=1e-9)
+    assert on == [torch.cuda.current_stream()]
+
+
+@torch.no_grad()
 def test_rows_that_are_kept_go_on_and_are_captured_anew(fake_cuda):
     model = tiny_llama().double()
     plain, ours = steps(model), steps(model)
