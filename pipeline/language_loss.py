@@ -62,8 +62,8 @@ class _TokenNLL(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             table = head.to(hidden.dtype)
             to_hidden = torch.empty_like(hidden)
-            to_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-            total = head.new_zeros(())
+            to_head = wide(torch.zeros_like(head)) if ctx.needs_input_grad[1] else None
+            total = wide(head.new_zeros(()))
             size = max(CHUNK_TOKENS, CHUNK_LOGITS // len(head))
             for start in range(0, len(hidden), size):
                 part = slice(start, start + size)
@@ -73,7 +73,7 @@ class _TokenNLL(torch.autograd.Function):
                 torch.mm(slope, table, out=to_hidden[part])
                 if to_head is not None:
                     to_head += slope.T @ hidden[part]
-        ctx.save_for_backward(to_hidden, to_head)
+        ctx.save_for_backward(to_hidden, None if to_head is None else to_head.to(head.dtype))
         return total
 
     @staticmethod
