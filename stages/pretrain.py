@@ -222,15 +222,16 @@ def build_trainer(
         world_size=world_size(),
         recomputes=config.activation_checkpointing,
     )
-    return LanguageModelTrainer(
+    trainer = LanguageModelTrainer(
         language_model=model,
         model=model,
         args=TrainingArguments(**arguments, label_smoothing_factor=config.label_smoothing),
         train_dataset=[corpus.rows[row] for row in order],
         data_collator=stack,
         processing_class=tokenizer,
-        optimizers=(build_optimizer(model, training), None),
     )
+    trainer.optimizer = build_optimizer(model, training)  # refused above where it divides the model
+    return trainer
 
 
 def validation_metrics(

@@ -100,7 +100,7 @@ def build_trainer(
         recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
-    return ReplyTrainer(
+    trainer = ReplyTrainer(
         language_model=model,
         model=trained,
         args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
@@ -111,8 +111,9 @@ def build_trainer(
             }
         ),
         processing_class=tokenizer,
-        optimizers=(build_optimizer(model, config.training), None),
     )
+    trainer.optimizer = build_optimizer(model, config.training)  # refused above where it divides
+    return trainer
 
 
 def validation_metrics(

@@ -191,7 +191,7 @@ def build_trainer(
         recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="SEQ_CLS", seed=config.seed)
-    return RankingTrainer(
+    trainer = RankingTrainer(
         model=trained,
         # Texts that are not packed take processes different numbers of forward passes, so none of
         # these may synchronise.
@@ -209,8 +209,9 @@ def build_trainer(
             separator=reading.separator,
         ),
         processing_class=reading.tokenizer,
-        optimizers=(build_optimizer(model, training), None),
     )
+    trainer.optimizer = build_optimizer(model, training)  # refused above where it divides the model
+    return trainer
 
 
 def untrained(config: RewardConfig, sft: Path, *, like: PreTrainedModel) -> PreTrainedModel:
