@@ -21,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.callbacks import FiniteGradients, ResumePoints, RunLogs, Validate, Validation
 from pipeline.checkpoint import StageRun
+from pipeline.config import require
 from pipeline.distributed import barrier, even_share, gather_objects, rank, world_size
 from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
-from pipeline.restricted import restricted
+from pipeline.restricted import DIVIDED_WEIGHTS, restricted
 from pipeline.saving import saving_of
 from pipeline.stopping import keep_pace
 from pipeline.training import WORKSPACE, Training
@@ -61,12 +62,15 @@ def fit(
         tokens_per_step: tokens of one optimizer step over all processes, for the throughput.
 
     Raises:
-        UserError: a loss or gradient is not finite, or the disk has no room for what is coming.
+        UserError: a loss or gradient is not finite, the disk has no room for what is coming, or the
+            resume point is of models held otherwise.
         Stopped: a signal or the deadline ended it; a resume point is written.
     """
     run.require_space(_bytes_of(trainer.model, trained=True), _bytes_of(trainer.model))
     prefer_fast_attention(trainer.model, bf16=trainer.args.bf16)
     done, folder = run.latest_point() or (0, None)
+    if folder:
+        _check_division(folder, divides=trainer.is_fsdp_enabled)
     with keep_pace(saving_of(run.config), stage=run.stage) as pace:
         logs = RunLogs(run, every=training.log_every, tokens_per_step=tokens_per_step)
         if folder:
@@ -92,6 +96,17 @@ def fit(
     if pace.was_asked():
         run.stop(trainer.state.global_step, pace.asked_by)
     return (trainer.state.global_step - done) * tokens_per_step / seconds
+
+
+def _check_division(point: Path, *, divides: bool) -> None:
+    """Raises UserError where Trainer could not read a resume point: it has two forms of them."""
+    divided = (point / DIVIDED_WEIGHTS).is_file()
+    made = "divide models" if divided else "hold whole models"
+    require(
+        divided == divides,
+        f"{point} was made by processes that {made}. Go on with"
+        f"{'' if divided else 'out'} configs/accelerate/fsdp2.yaml, or add FORCE=1 to begin anew",
+    )
 
 
 def _follow_contract(trainer: Trainer, callbacks: list[TrainerCallback]) -> None:

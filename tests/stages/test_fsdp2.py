@@ -17,6 +17,8 @@ import stages.reward
 import stages.sft
 import stages.tokenizer
 from pipeline.config import load
+from pipeline.errors import UserError
+from pipeline.stopping import STOPPED
 from tests.support import SMOKE, assert_close
 
 FEW = ["--training.steps=4", "--training.log_every=1", "--training.optimizer=adamw"]
@@ -76,3 +78,16 @@ def test_divided_models_take_the_course_of_whole_ones(whole, tmp_path, stage):
     found, expected = (load_file(run / stage / "model.safetensors") for run in (folder, whole))
     for name, weight in expected.items():  # a head that is the embedding is written too
         assert_close(found[name], weight, tolerance=WEIGHTS)
+
+
+def test_a_resume_point_of_divided_models_is_gone_on_from(whole, tmp_path):
+    folder = begun(whole, tmp_path / "run", "sft")
+    asked = divided(folder, "sft", "--saving.deadline=1")  # is past: it stops after its first step
+    assert asked.returncode == STOPPED, asked.stderr[-3000:]
+    points = [point.name for point in (folder / "sft" / "checkpoints").iterdir()]
+    assert points == ["step-1"]
+    with pytest.raises(UserError, match="that divide models. Go on with configs.*fsdp2.yaml"):
+        stages.sft.run(load(stages.sft.Config, words(folder), stage="sft"))
+    done = divided(folder, "sft")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(curves(folder / "sft"), curves(whole / "sft"), tolerance=CURVES)
