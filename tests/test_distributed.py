@@ -57,6 +57,19 @@ def test_processes_wait_longer_for_the_main_one_than_torch_lets_them(monkeypatch
     assert patience.to_kwargs() == {"timeout": timedelta(hours=1)}
 
 
+def test_weights_in_the_processors_memory_are_exchanged_by_gloo(monkeypatch):
+    asked = []
+
+    def connected(**options):
+        asked.append(options)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(accelerate, "Accelerator", connected)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    distributed.setup(StageConfig(), offloads=True)
+    assert asked[0]["kwargs_handlers"][0].backend == "cuda:nccl,cpu:gloo"
+
+
 def test_deterministic_asks_torch_for_algorithms_that_are():
     import torch
 
