@@ -48,7 +48,7 @@ print(number)
 SRUN = """#!{python}
 # Runs the step; kills it on SIGTERM, and sends one itself to the step that is to be preempted.
 import os, pathlib, signal, subprocess, sys, time
-words = [word for word in sys.argv[1:] if not word.startswith("--ntasks")]
+words = [word for word in sys.argv[1:] if word not in ("--ntasks-per-node=1", "--wait=120")]
 process = subprocess.Popen(words)
 pathlib.Path("step-" + os.environ["SLURM_JOB_ID"]).write_text(str(process.pid))
 signal.signal(signal.SIGTERM, lambda *_: process.kill())
