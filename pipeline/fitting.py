@@ -27,6 +27,7 @@ from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
 from pipeline.restricted import DIVIDED_WEIGHTS, restricted
 from pipeline.saving import saving_of
+from pipeline.sharding import PRECISIONS
 from pipeline.stopping import keep_pace
 from pipeline.training import WORKSPACE, Training
 
@@ -71,6 +72,7 @@ def fit(
     done, folder = run.latest_point() or (0, None)
     if folder:
         _check_division(folder, divides=trainer.is_fsdp_enabled)
+    add_in_float32(trainer)
     with keep_pace(saving_of(run.config), stage=run.stage) as pace:
         logs = RunLogs(run, every=training.log_every, tokens_per_step=tokens_per_step)
         if folder:
@@ -96,6 +98,15 @@ def fit(
     if pace.was_asked():
         run.stop(trainer.state.global_step, pace.asked_by)
     return (trainer.state.global_step - done) * tokens_per_step / seconds
+
+
+def add_in_float32(trainer: Trainer) -> None:
+    """Has a model that Accelerate divides read in bfloat16 as ppo reads one.
+
+    Accelerate's own setting would add gradients over the processes in bfloat16, and round losses.
+    """
+    if trainer.args.bf16 and trainer.accelerator.is_fsdp2:
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = PRECISIONS["bf16"]
 
 
 def _check_division(point: Path, *, divides: bool) -> None:
