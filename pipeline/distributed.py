@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Collection, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import StageConfig
@@ -21,6 +22,14 @@ CUBLAS_WORKSPACE = ":4096:8"
 
 SHARDING = {"fsdp2": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
 """Variables by which accelerate's launcher says how models are divided over the processes."""
+
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for what the main one does alone: to merge an adapter of 70B into its
+base, save and digest that takes longer than NCCL's own 10 minutes. Where one ends, none waits so
+long."""
+
+ON_BOTH = "cuda:nccl,cpu:gloo"
+"""What connects processes that exchange tensors of GPUs and of processors."""
 
 OFFLOAD = "FSDP_OFFLOAD_PARAMS"
 """Variable by which it says that weights stay in the processor's memory between passes."""
@@ -56,12 +65,15 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def setup(config: StageConfig, *, shards: Collection[str] = ()) -> "Accelerator":
+def setup(
+    config: StageConfig, *, shards: Collection[str] = (), offloads: bool = False
+) -> "Accelerator":
     """Returns the Accelerator of a connected process, with threads and global seeds set.
 
     Args:
         config: of the stage.
         shards: ways in which the stage's models may be divided, of SHARDING.
+        offloads: whether divided weights stay in the processor's memory, which NCCL does not reach.
 
     Raises:
         UserError: the processes asked for and those connected are not the same number, or the
@@ -72,14 +84,17 @@ def setup(config: StageConfig, *, shards: Collection[str] = ()) -> "Accelerator"
     _refuse_flattened(config)
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     torch.set_num_threads(num_threads(config))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    backend = {"backend": ON_BOTH} if offloads and on_gpu else {}
+    groups = InitProcessGroupKwargs(timeout=PATIENCE, **backend)
+    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[groups])
     _refuse_lonely(config, accelerator.num_processes)
     set_seed(short_stream(config.seed, "stage"))
     return accelerator

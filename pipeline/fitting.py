@@ -26,8 +26,9 @@ from pipeline.config import require
 from pipeline.distributed import barrier, by_deepspeed, even_share, gather_objects, rank, world_size
 from pipeline.lora import ADAPTER, merged, write_adapter
 from pipeline.progress import progress
-from pipeline.restricted import restricted, saved_by_deepspeed
+from pipeline.restricted import DIVIDED_WEIGHTS, restricted, saved_by_deepspeed
 from pipeline.saving import saving_of
+from pipeline.sharding import PRECISIONS
 from pipeline.stopping import keep_pace
 from pipeline.training import WORKSPACE, Training
 
@@ -63,7 +64,8 @@ def fit(
         tokens_per_step: tokens of one optimizer step over all processes, for the throughput.
 
     Raises:
-        UserError: a loss or gradient is not finite, or the disk has no room for what is coming.
+        UserError: a loss or gradient is not finite, the disk has no room for what is coming, or the
+            resume point is of models held otherwise.
         Stopped: a signal or the deadline ended it; a resume point is written.
     """
     require(
@@ -75,7 +77,8 @@ def fit(
     prefer_fast_attention(trainer.model, bf16=trainer.args.bf16)
     done, folder = run.latest_point() or (0, None)
     if folder:
-        check_division(folder, wanted=world_size() if trainer.is_deepspeed_enabled else 0)
+        check_division(folder, now=_division_of(trainer))
+    add_in_float32(trainer)
     with keep_pace(saving_of(run.config), stage=run.stage) as pace:
         logs = RunLogs(run, every=training.log_every, tokens_per_step=tokens_per_step)
         if folder:
@@ -104,26 +107,34 @@ def fit(
     return (trainer.state.global_step - done) * tokens_per_step / seconds
 
 
-def check_division(point: Path, *, wanted: int) -> None:
-    """Checks that a trainer takes up a resume point's state as it was saved.
+def add_in_float32(trainer: Trainer) -> None:
+    """Has a model that Accelerate divides read in bfloat16 as ppo reads one.
 
-    Args:
-        point: folder of the resume point.
-        wanted: processes over which DeepSpeed divides the trainer's state; 0: it does not.
+    Accelerate's own setting would add gradients over the processes in bfloat16, and round losses.
+    """
+    if trainer.args.bf16 and trainer.accelerator.is_fsdp2:
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = PRECISIONS["bf16"]
 
-    Raises:
-        UserError: it was divided otherwise, and the state would be lost.
+
+def _division_of(trainer: Trainer) -> str:
+    """Returns how a trainer holds its model and optimizer, in words."""
+    if trainer.is_deepspeed_enabled:
+        return f"divided by DeepSpeed over {world_size()} processes"
+    return "divided by FSDP" if trainer.is_fsdp_enabled else "whole"
+
+
+def check_division(point: Path, *, now: str) -> None:
+    """Raises UserError where a resume point holds models otherwise than the trainer does now.
+
+    It could not read the point, or would lose the optimizer's state.
     """
     saved = saved_by_deepspeed(point)
+    made = "divided by FSDP" if (point / DIVIDED_WEIGHTS).is_file() else "whole"
+    made = f"divided by DeepSpeed over {saved} processes" if saved else made
     require(
-        saved == wanted or not saved,
-        f"{point} was saved by DeepSpeed on {saved} processes, and can go on so only. Run the same "
-        f"command with NPROC={saved} and its ACCELERATE_CONFIG, or with FORCE=1 to begin anew",
-    )
-    require(
-        saved == wanted,
-        f"{point} was saved without DeepSpeed, which cannot take it up. Run the same command "
-        "without its ACCELERATE_CONFIG, or with FORCE=1 to begin anew",
+        made == now,
+        f"{point} holds models {made}, and now they are {now}. Go on with the ACCELERATE_CONFIG "
+        "and NPROC that it was made with, or add FORCE=1 to begin anew",
     )
 
 

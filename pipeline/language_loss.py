@@ -59,8 +59,8 @@ class _TokenNLL(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             table = head.to(hidden.dtype)
             to_hidden = torch.empty_like(hidden)
-            to_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-            total = head.new_zeros(())
+            to_head = wide(torch.zeros_like(head)) if ctx.needs_input_grad[1] else None
+            total = wide(head.new_zeros(()))
             size = max(CHUNK_TOKENS, CHUNK_LOGITS // len(head))
             for start in range(0, len(hidden), size):
                 part = slice(start, start + size)
@@ -70,7 +70,7 @@ class _TokenNLL(torch.autograd.Function):
                 torch.mm(slope, table, out=to_hidden[part])
                 if to_head is not None:
                     to_head += slope.T @ hidden[part]
-        ctx.save_for_backward(to_hidden, to_head)
+        ctx.save_for_backward(to_hidden, None if to_head is None else to_head.to(head.dtype))
         return total
 
     @staticmethod
@@ -112,7 +112,7 @@ def labelled_nll(
     read: Callable[..., Any],
     inputs: Mapping[str, Any],
     *,
-    head: Tensor,
+    head: nn.Linear,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Returns the summed negative log-likelihood of a batch's labels; only these meet the head.
@@ -120,7 +120,8 @@ def labelled_nll(
     Args:
         read: causal LM of a plain head, perhaps in wrappers.
         inputs: what it reads, and labels (`IGNORED` where a position does not count).
-        head: its output embeddings.
+        head: its output embeddings. Where Accelerate divides the model, their weights are whole
+            once it was read, and not before.
         label_smoothing: as in `token_nll`.
     """
     rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
@@ -130,7 +131,7 @@ def labelled_nll(
     hidden = output.hidden_states[-1][:, :-1][counts]
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return token_nll(hidden, head, targets[counts], label_smoothing=label_smoothing)
+    return token_nll(hidden, head.weight, targets[counts], label_smoothing=label_smoothing)
 
 
 class LanguageModelTrainer(OptimizerKeeper):
@@ -172,7 +173,7 @@ class LanguageModelTrainer(OptimizerKeeper):
         total = labelled_nll(
             read,
             inputs,
-            head=self.language_model.get_output_embeddings().weight,
+            head=self.language_model.get_output_embeddings(),
             label_smoothing=self.args.label_smoothing_factor,
         )
         return total * self.accelerator.num_processes / num_items_in_batch

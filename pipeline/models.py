@@ -274,7 +274,8 @@ def choose_precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp32"
     capability = torch.backends.cpu.get_cpu_capability()
     flags = Path("/proc/cpuinfo")
     has_bf16 = flags.is_file() and "avx512_bf16" in flags.read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -104,16 +104,19 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class OptimizerKeeper(Trainer):
-    """Trainer that trains with the optimizer it was given, with DeepSpeed too.
+    """Trainer that trains with the optimizer it is given, however its model is divided.
 
-    DeepSpeed's integration in Transformers throws it away and asks for Trainer's own.
+    Given at its making, Trainer refuses one where FSDP divides the model, and DeepSpeed's
+    integration in Transformers throws it away and asks for Trainer's own.
     """
 
     optimizer: torch.optim.Optimizer | None
+    given: torch.optim.Optimizer | None = None
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.given = self.optimizer
+    def keep(self, optimizer: torch.optim.Optimizer) -> Self:
+        """Returns this trainer with an optimizer that it will train with."""
+        self.optimizer = self.given = optimizer
+        return self
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the optimizer that was given, or where none was, Trainer's own."""

@@ -1,9 +1,10 @@
 """What is read of pickles: tensors and plain values of a resume point, and never code.
 
-optimizer.pt, scheduler.pt, rng_state.pth and state.pt are pickles, as torch writes them. torch's
-restricted loader (`weights_only=True`) reads them: it makes tensors, numbers, texts, lists and
-dictionaries, and stops at whatever else a file names. DeepSpeed asks torch for its free loader, and
-is given the restricted one with the few classes that its states are made of.
+optimizer.pt, scheduler.pt, rng_state.pth and state.pt are pickles, as torch writes them, and so are
+the files of models that Accelerate or DeepSpeed divides. torch's restricted loader
+(`weights_only=True`) reads them: it makes tensors, numbers, texts, lists and dictionaries, and
+stops at whatever else a file names. DeepSpeed asks torch for its free loader, and is given the
+restricted one with the few classes that its states are made of.
 """
 
 import contextlib
@@ -23,6 +24,10 @@ OF_DEEPSPEED = {
     "deepspeed.utils.tensor_fragment": ("fragment_address",),
 }
 """What DeepSpeed's states name beside tensors and plain values, by module."""
+DIVIDED_WEIGHTS = "pytorch_model_fsdp.bin"
+"""Where Accelerate writes the weights of a model that it divides. What it reads them and
+`optimizer.bin` with is the restricted loader too (accelerate 1.15, utils/fsdp_utils.py)."""
+READ_RESTRICTED = (DIVIDED_WEIGHTS, "optimizer.bin")
 
 
 @contextlib.contextmanager
@@ -39,7 +44,7 @@ def restricted(point: Path | None) -> Iterator[None]:
         yield
         return
     mend = f"None of it was used. Delete {point} and run the same command again"
-    pickled = sorted(file.name for file in point.glob("*.bin"))
+    pickled = sorted({file.name for file in point.glob("*.bin")} - {*READ_RESTRICTED})
     require(not pickled, f"{point} holds {pickled}: its weights are safetensors alone. {mend}")
     try:
         with _restricted_deepspeed() if saved_by_deepspeed(point) else contextlib.nullcontext():

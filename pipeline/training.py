@@ -163,6 +163,16 @@ def trainer_arguments(
     }
 
 
+def on_one_gpu(arguments: Any) -> Any:
+    """Returns Trainer's arguments for a process that trains on one GPU, however many it sees.
+
+    By itself Trainer would copy the model to all of them (torch's DataParallel), and read as many
+    times the rows in a step.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)  # noqa: SLF001 - as Trainer does for divided models
+    return arguments
+
+
 def row_order(lengths: Sequence[int], *, minibatch_size: int, steps: int, seed: int) -> list[int]:
     """Returns the row indices of every minibatch of the whole training, one after another.
 

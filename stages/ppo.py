@@ -70,12 +70,10 @@ class Config(TrainingConfig):
     """fp32, bf16 (autocast), or auto: bf16 where the processor computes it natively."""
     workers: int = 0
     """Passes of a process side by side, which share its threads; 0: two on a processor with two
-    threads or more, else one. On a GPU and with divided weights always one. It changes results by
-    rounding only."""
+    threads or more. On a GPU and with divided weights always one. It changes rounding only."""
     sharding: str = "auto"
-    """How the processes hold the models: none (each all of them whole), fsdp2 (each its part),
-    fsdp2_offload (in the processor's memory between the passes of a GPU); auto: as Accelerate's
-    YAML says. It changes results by rounding only (docs/cluster.md)."""
+    """How the processes hold the models: none (whole), fsdp2 (each its part), fsdp2_offload (in the
+    processor's memory between passes); auto: as the YAML says. It changes rounding only."""
     kl: KL = field(default_factory=KL)
     """The KL penalty."""
     reward: Reward = field(default_factory=Reward)
@@ -358,7 +356,8 @@ def run(config: Config) -> None:
     """
     from pipeline.ppo.vllm_engines import check_engine_is_there
 
-    accelerator = setup(config, shards=("fsdp2",))
+    offloads = sharding_of(config.sharding) == "fsdp2_offload"
+    accelerator = setup(config, shards=("fsdp2",), offloads=offloads)
     check_sharding(
         config.wanted.sharding,
         roles=config.roles,

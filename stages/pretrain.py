@@ -32,7 +32,7 @@ from pipeline.origin import (
 from pipeline.pretrain_card import OPTIMAL_TOKENS_PER_PARAMETER, card, headline
 from pipeline.saving import TrainingConfig
 from pipeline.spacing import evenly_spaced
-from pipeline.training import Training, row_order, trainer_arguments
+from pipeline.training import Training, on_one_gpu, row_order, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
@@ -225,12 +225,13 @@ def build_trainer(
     return LanguageModelTrainer(
         language_model=model,
         model=model,
-        args=TrainingArguments(**arguments, label_smoothing_factor=config.label_smoothing),
+        args=on_one_gpu(
+            TrainingArguments(**arguments, label_smoothing_factor=config.label_smoothing)
+        ),
         train_dataset=[corpus.rows[row] for row in order],
         data_collator=stack,
         processing_class=tokenizer,
-        optimizers=(build_optimizer(model, training), None),
-    )
+    ).keep(build_optimizer(model, training))
 
 
 def validation_metrics(

@@ -23,7 +23,13 @@ from pipeline.lora import LoRA, quantisation, with_adapter
 from pipeline.saving import TrainingConfig
 from pipeline.spacing import evenly_spaced
 from pipeline.streams import stream
-from pipeline.training import Training, padding_frac, row_order, trainer_arguments
+from pipeline.training import (
+    Training,
+    on_one_gpu,
+    padding_frac,
+    row_order,
+    trainer_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -100,10 +106,11 @@ def build_trainer(
         recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
+    prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return ReplyTrainer(
         language_model=model,
         model=trained,
-        args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=on_one_gpu(SFTConfig(**arguments, **prepared)),
         train_dataset=Dataset.from_dict(
             {
                 "input_ids": [row.input_ids for row in ordered],
@@ -111,8 +118,7 @@ def build_trainer(
             }
         ),
         processing_class=tokenizer,
-        optimizers=(build_optimizer(model, config.training), None),
-    )
+    ).keep(build_optimizer(model, config.training))
 
 
 def validation_metrics(

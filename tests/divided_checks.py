@@ -6,12 +6,13 @@ Every check runs on both processes at the same time; test_sharding.py reports on
 import copy
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -195,9 +196,12 @@ def check_a_whole_copy_is_this_processs_own_and_is_freed():
 
 def wrapped(model: Any) -> Any:
     """A model as Accelerate divides it: gradients are means over processes."""
-    for part in (*layers_of(model), model):
-        fully_shard(part, reshard_after_forward=True)
-    return model
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False,
+        auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
+    )  # fmt: skip
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    return fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no"), model)
 
 
 def check_validation_makes_as_many_passes_on_every_process():

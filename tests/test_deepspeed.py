@@ -130,7 +130,7 @@ def test_a_stage_that_is_stopped_goes_on_as_if_it_had_not_been(parents, tmp_path
     assert saved_by_deepspeed(point) == 2
     code, said = finished(start(0, "sft", run, long))
     assert code == 2
-    assert "was saved by DeepSpeed on 2 processes, and can go on so only" in said
+    assert "holds models divided by DeepSpeed over 2 processes, and now they are whole" in said
     code, said = finished(start(zero, "sft", run, long))
     assert (code, "goes on from step" in said) == (0, True), said
     assert_same(whole / "sft", run / "sft")
@@ -168,8 +168,7 @@ def test_an_optimizer_that_is_thrown_away_is_taken_again(tmp_path):
         language_model=model,
         model=model,
         args=TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True),
-        optimizers=(optimizer, None),
-    )
+    ).keep(optimizer)
     trainer.optimizer = None
     assert trainer.create_optimizer() is optimizer
 
@@ -183,21 +182,17 @@ def test_muon_is_refused_where_matrices_are_laid_end_to_end(monkeypatch):
     distributed._refuse_flattened(adamw)
 
 
-@pytest.mark.parametrize(
-    ("saved", "processes", "message"),
-    [
-        (2, 0, "was saved by DeepSpeed on 2 processes, and can go on so only"),
-        (2, 3, "with NPROC=2 and its ACCELERATE_CONFIG"),
-        (0, 2, "was saved without DeepSpeed, which cannot take it up"),
-    ],
-)
-def test_a_point_of_another_division_is_refused(tmp_path, saved, processes, message):
+@pytest.mark.parametrize(("saved", "made"), [(2, "divided by DeepSpeed over 2 p"), (0, "whole")])
+def test_a_point_of_another_division_is_refused(tmp_path, saved, made):
     (tmp_path / "global_step4").mkdir()
     for rank in range(saved):
         (tmp_path / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(UserError, match=message):
-        check_division(tmp_path, wanted=processes)
-    check_division(tmp_path, wanted=saved)
+    for now in ("whole", "divided by FSDP", "divided by DeepSpeed over 2 processes"):
+        if now.startswith(made):
+            check_division(tmp_path, now=now)
+        else:
+            with pytest.raises(UserError, match=f"holds models {made}.*, and now they are {now}. "):
+                check_division(tmp_path, now=now)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 
 from pipeline import distributed
@@ -39,6 +42,32 @@ def test_other_processes_leave_the_work_to_the_main_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert not distributed.only_main(StageConfig(num_processes=2))
+
+
+def test_processes_wait_longer_for_the_main_one_than_torch_lets_them(monkeypatch):
+    asked = []
+
+    def connected(**options):
+        asked.append(options)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(accelerate, "Accelerator", connected)
+    distributed.setup(StageConfig())
+    (patience,) = asked[0]["kwargs_handlers"]
+    assert patience.to_kwargs() == {"timeout": timedelta(hours=1)}
+
+
+def test_weights_in_the_processors_memory_are_exchanged_by_gloo(monkeypatch):
+    asked = []
+
+    def connected(**options):
+        asked.append(options)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(accelerate, "Accelerator", connected)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    distributed.setup(StageConfig(), offloads=True)
+    assert asked[0]["kwargs_handlers"][0].backend == "cuda:nccl,cpu:gloo"
 
 
 def test_deterministic_asks_torch_for_algorithms_that_are():

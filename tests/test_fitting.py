@@ -1,15 +1,16 @@
-"""What becomes of an adapter at the end of training, on a tiny model."""
+"""Training on Trainer: in which precision, and what becomes of an adapter at its end."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from transformers import Trainer
 
 from pipeline.checkpoint import StageRun
-from pipeline.fitting import merge_adapter, save_merged
+from pipeline.fitting import add_in_float32, merge_adapter, save_merged
 from pipeline.lora import LoRA, with_adapter
 from pipeline.models import load_causal_lm
 from tests.support import assert_close, tiny_llama
@@ -29,11 +30,34 @@ class Ended(Trainer):
         self.processing_class = SimpleNamespace(save_pretrained=lambda folder: None)
 
 
+class Begun(Trainer):
+    """A trainer of which only the precision is asked for."""
+
+    def __init__(self, plugin: FullyShardedDataParallelPlugin, *, bf16: bool, divides: bool):
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        self.args = SimpleNamespace(bf16=bf16)
+        self.accelerator = SimpleNamespace(is_fsdp2=divides, state=state)
+
+
 class Folder(StageRun):
     """A run of which only the folder is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+
+def test_gradients_of_a_model_that_accelerate_divides_are_added_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    plugin.set_mixed_precision("bf16")  # as Trainer's Accelerator does
+    for bf16, divides, output in (
+        (False, True, torch.bfloat16),
+        (True, False, torch.bfloat16),
+        (True, True, None),
+    ):
+        add_in_float32(Begun(plugin, bf16=bf16, divides=divides))
+        assert plugin.mixed_precision_policy.output_dtype == output
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

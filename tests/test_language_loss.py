@@ -1,5 +1,7 @@
 """The chunked language-model loss against the plain one, gradients included."""
 
+import math
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
@@ -54,6 +56,20 @@ def test_hidden_states_in_bfloat16_keep_the_loss_in_float32():
     low = token_nll(hidden.bfloat16(), head, targets)
     assert low.dtype == torch.float32
     assert float(low) == pytest.approx(float(token_nll(hidden, head, targets)), rel=0.02)
+
+
+def test_a_head_in_bfloat16_has_its_loss_and_gradient_added_in_float32(monkeypatch):
+    """As FSDP2 gathers it. In bfloat16 nothing smaller than a 256th of the sum is added to it."""
+    monkeypatch.setattr(language_loss, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(language_loss, "CHUNK_LOGITS", 1)
+    hidden, head = torch.ones(2000, 2), torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    found = token_nll(hidden.bfloat16(), head, torch.zeros(2000, dtype=torch.long))
+    found.backward()
+    assert float(found.detach()) == pytest.approx(2000 * math.log(3), rel=1e-4)
+    assert head.grad.dtype == torch.bfloat16
+    # Each token's slope is 1/3 - 1 at the target and 1/3 at the others.
+    expected = 2000 * torch.tensor([[-2 / 3] * 2, [1 / 3] * 2, [1 / 3] * 2])
+    assert_close(head.grad.float() / expected, torch.ones(3, 2), tolerance=0.005)
 
 
 def test_heads_that_reshape_the_logits_are_left_to_the_model():

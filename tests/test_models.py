@@ -1,5 +1,7 @@
 """Models and tokenizers from folders, random models from a configuration, reward scores."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -121,6 +123,16 @@ def test_precision_is_as_wanted_or_as_the_processor_allows():
     assert choose_precision("auto") in ("bf16", "fp32")
     with pytest.raises(UserError, match="precision: auto, bf16 or fp32, got 'half'"):
         choose_precision("half")
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, "fp32"), (8, "bf16")])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, major, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda _: True)
+    assert choose_precision("auto") == expected
 
 
 def test_a_chat_template_that_leaves_the_messages_out_is_refused(tmp_path):

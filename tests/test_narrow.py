@@ -1,5 +1,7 @@
 """Weights in bfloat16 while a model decodes: the same tokens, and nothing left behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -69,3 +71,13 @@ def test_weights_are_narrow_inside_and_whole_after_a_failure():
     assert model.lm_head.weight is head
     with narrowed(model):  # no autocast here
         assert model.lm_head.weight is head
+
+
+def test_weights_are_narrow_on_a_gpu_too(monkeypatch):
+    layer = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": torch.float16}.__getitem__)
+    there = SimpleNamespace(device=torch.device("cuda"), modules=lambda: [layer])
+    with narrowed(there):
+        assert layer.weight.dtype == torch.float16
+    assert layer.weight.dtype == torch.float32

@@ -46,11 +46,12 @@ print(number)
 """
 
 SRUN = """#!{python}
-# Runs the step; hands SIGTERM on, and sends one itself to the step that is to be preempted.
+# Runs the step; kills it on SIGTERM, and sends one itself to the step that is to be preempted.
 import os, pathlib, signal, subprocess, sys, time
-words = [word for word in sys.argv[1:] if not word.startswith("--ntasks")]
+words = [word for word in sys.argv[1:] if word not in ("--ntasks-per-node=1", "--wait=120")]
 process = subprocess.Popen(words)
-signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+pathlib.Path("step-" + os.environ["SLURM_JOB_ID"]).write_text(str(process.pid))
+signal.signal(signal.SIGTERM, lambda *_: process.kill())
 preempted = pathlib.Path("preempt").read_text().split() if pathlib.Path("preempt").exists() else []
 if preempted and preempted[0] in words:
     log = pathlib.Path(preempted[1])
@@ -69,6 +70,11 @@ case $1 in
   show) echo "JobId=$3 JobState=$(cat jobs/$3)" ;;
   requeue) touch "requeued-$2" ;;
 esac
+"""
+
+SCANCEL = """#!/bin/sh
+# Signals a job's step, and not its script.
+[ "$1" = --signal=TERM ] && kill -TERM "$(cat "step-$2")"
 """
 
 STAGE = """#!/bin/sh
@@ -117,6 +123,7 @@ def slurm(folder: Path) -> None:
     program(folder / "bin" / "sbatch", SBATCH.format(python=sys.executable))
     program(folder / "bin" / "srun", SRUN.format(python=sys.executable))
     program(folder / "bin" / "scontrol", SCONTROL)
+    program(folder / "bin" / "scancel", SCANCEL)
 
 
 def submitted(
@@ -186,6 +193,7 @@ def test_a_signal_to_the_script_reaches_the_stage(checkout):
     states, _ = submitted(checkout, "STAGES=sft", SLOW="sft", TELL_THE_SCRIPT="1")
     assert states == {"sft": "COMPLETED"}
     assert len(calls(checkout)) == 2
+    assert (checkout / "runs" / "tiny" / "sft" / "point").exists()  # it could save
 
 
 def test_a_job_that_was_cancelled_is_not_requeued(checkout):

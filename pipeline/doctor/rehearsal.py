@@ -100,8 +100,7 @@ def rehearse_language_model(
 
     def loss() -> Tensor:
         if plain_head(model):
-            head = model.get_output_embeddings().weight
-            return labelled_nll(trained, batch, head=head)
+            return labelled_nll(trained, batch, head=model.get_output_embeddings())
         return trained(**batch, use_cache=False).loss
 
     with ledger:

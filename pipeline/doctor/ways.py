@@ -17,8 +17,7 @@ def ways_of(ledger: Ledger, *, is_gpu: bool) -> Iterator[None]:
     """Lets code do as it does on a device.
 
     On a processor blocks of rows follow one another, alike: the first is worked on and counts for
-    all. On a GPU all rows are worked on together, sizes are not rounded up, and no weights are kept
-    in bfloat16 while a model decodes.
+    all. On a GPU all rows are worked on together, and sizes are not rounded up.
 
     Args:
         ledger: that counts.
@@ -34,7 +33,6 @@ def ways_of(ledger: Ledger, *, is_gpu: bool) -> Iterator[None]:
             for module, name, way in (
                 (logprobs, "blocks", _all_rows),
                 (sizes, "rounded", _as_it_is),
-                (rollout, "narrowed", contextlib.nullcontext),
                 (rollout, "PIECE_NUMBERS", EVERYTHING),
             ):
                 stack.enter_context(patch.object(module, name, way))

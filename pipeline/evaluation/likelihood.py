@@ -13,6 +13,7 @@ from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import full_kl
 from pipeline.sequences import (
+    PIECE_TOKENS,
     Batch,
     collate,
     next_logprobs,
@@ -63,12 +64,16 @@ def divergence(
     """
     packed = is_packed(policy) and is_packed(reference)
 
-    def apart(batch: Batch) -> tuple[Tensor, Tensor]:
-        tokens = response_tokens(batch)[:, None]
-        ours, theirs = (
-            next_logprobs(model, _states(model, batch)).cpu() for model in (policy, reference)
-        )
+    def figures(ours: Tensor, theirs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ours, theirs = next_logprobs(policy, ours), next_logprobs(reference, theirs)
         return full_kl(ours, theirs), (ours - theirs).gather(1, tokens)[:, 0]
+
+    def apart(batch: Batch) -> list[Tensor]:
+        tokens = response_tokens(batch).to(policy.device)[:, None]
+        columns = (_states(policy, batch), _states(reference, batch), tokens)
+        pieces = zip(*(column.split(PIECE_TOKENS) for column in columns), strict=True)
+        found = [figures(*piece) for piece in pieces]
+        return [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
 
     kl, k1 = _summed(apart, prompts, responses, batching=batching, packed=packed)
     return Divergence(kl=kl, k1=k1)

@@ -173,7 +173,7 @@ def measure(
             for name, tokens in measured.items():
                 of_rows = figures.setdefault(name, [None] * len(lengths))
                 for row, part in zip(rows, tokens.cpu().split(counts), strict=True):
-                    of_rows[row] = part
+                    of_rows[row] = part.clone()  # a view would be sent with the whole batch
     return figures
 
 

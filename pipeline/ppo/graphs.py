@@ -122,7 +122,9 @@ class StaticSteps:
                         self._forward()
                         _put_back(moved, before)
                 torch.cuda.current_stream().wait_stream(stream)
-                with torch.cuda.graph(graph):
+                torch.clear_autocast_cache()  # of a model that Accelerate has set to cast by itself
+                # Where a capture ends badly, torch leaves its stream on; the outer one is put back.
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                     self.logits = self._forward()
         except RuntimeError as error:  # a layer that asks the processor, or no memory for the graph
             reason = str(error).partition("\n")[0]

@@ -199,7 +199,8 @@ class _Decoding:
         counts = lengths.tolist()
 
         def cut(table: Tensor) -> list[Tensor]:
-            return [row[:count] for row, count in zip(table.cpu(), counts, strict=True)]
+            # Views would be sent to other processes each with the whole table.
+            return [row[:count].clone() for row, count in zip(table.cpu(), counts, strict=True)]
 
         responses = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
         return Sampled(responses, {name: cut(table) for name, table in figures.items()})

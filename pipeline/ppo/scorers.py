@@ -123,8 +123,8 @@ class Divided:
         """Returns the scores of all rows."""
         share = distributed.even_share(range(len(prompts)))
         scores = self.scorer([prompts[row] for row in share], [responses[row] for row in share])
-        shares = distributed.gather_objects(list(scores.cpu()))
-        return torch.stack(interleave(shares)[: len(prompts)])
+        shares = distributed.gather_objects(scores.cpu())
+        return torch.stack(interleave([list(share) for share in shares])[: len(prompts)])
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from pipeline.reward.training import (
 )
 from pipeline.storage import write_json
 from pipeline.tokenizer import encode_prompt
-from pipeline.training import row_order, trainer_arguments
+from pipeline.training import on_one_gpu, row_order, trainer_arguments
 
 
 def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> None:
@@ -195,7 +195,7 @@ def build_trainer(
         model=trained,
         # Texts that are not packed take processes different numbers of forward passes, so none of
         # these may synchronise.
-        args=TrainingArguments(**arguments, ddp_broadcast_buffers=False),
+        args=on_one_gpu(TrainingArguments(**arguments, ddp_broadcast_buffers=False)),
         train_dataset=TrainingRankings(
             rows=rows,
             order=order,
@@ -209,8 +209,7 @@ def build_trainer(
             separator=reading.separator,
         ),
         processing_class=reading.tokenizer,
-        optimizers=(build_optimizer(model, training), None),
-    )
+    ).keep(build_optimizer(model, training))
 
 
 def untrained(config: RewardConfig, sft: Path, *, like: PreTrainedModel) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipeline.evaluation import likelihood
 from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
 from tests.support import assert_close, tiny_llama
 
@@ -58,6 +59,19 @@ def test_divergence_is_positive_and_its_batches_do_not_matter(models):
     assert (whole.kl > 0).all()
     assert_close(whole.kl, parts.kl, tolerance=1e-4)
     assert_close(whole.k1, parts.k1, tolerance=1e-4)
+
+
+def test_no_more_than_a_piece_of_tokens_meets_the_vocabulary(models, monkeypatch):
+    batching, seen = Batching(pad_id=0, batch_size=8), []
+    whole = divergence(models[0], reference=models[1], batching=batching, **SETTINGS)
+    full_kl = likelihood.full_kl
+    monkeypatch.setattr(likelihood, "full_kl", lambda *of: seen.append(len(of[0])) or full_kl(*of))
+    monkeypatch.setattr(likelihood, "PIECE_TOKENS", 2)
+    pieces = divergence(models[0], reference=models[1], batching=batching, **SETTINGS)
+    assert max(seen) == 2
+    assert len(seen) > 1
+    assert_close(pieces.kl, whole.kl)
+    assert_close(pieces.k1, whole.k1)
 
 
 @torch.no_grad()

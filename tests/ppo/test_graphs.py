@@ -179,6 +179,31 @@ def test_a_capture_leaves_everything_as_it_was(fake_cuda):
 
 
 @torch.no_grad()
+def test_a_graph_reads_no_casts_of_the_steps_before_it(fake_cuda, monkeypatch):
+    """Accelerate has a trained model cast in each call, with a cache that a capture outlives."""
+    model, casts = tiny_llama(), []
+    static = steps(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    forward = StaticSteps._forward
+
+    def noted(self):
+        with torch.profiler.profile() as profile:
+            logits = forward(self)
+        copied = {each.key: each.count for each in profile.key_averages()}
+        casts.append(copied["aten::_to_copy"])
+        return logits
+
+    monkeypatch.setattr(StaticSteps, "_forward", noted)
+    monkeypatch.setattr(
+        graphs, "_casting_anew", lambda: torch.autocast("cpu", enabled=False, cache_enabled=False)
+    )
+    static._capture()
+    first, second, captured = casts
+    assert fake_cuda
+    assert first == captured > second
+
+
+@torch.no_grad()
 def test_where_nothing_can_be_captured_steps_are_run(fake_cuda, monkeypatch, caplog):
     def refused(_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -195,6 +220,34 @@ def test_where_nothing_can_be_captured_steps_are_run(fake_cuda, monkeypatch, cap
     assert [record.getMessage() for record in caplog.records] == [
         f"decoding: no CUDA graph, steps are run one by one: {said}"
     ]
+
+
+@torch.no_grad()
+def test_a_capture_that_ends_badly_leaves_the_stream_that_was_on(fake_cuda, monkeypatch):
+    on = [torch.cuda.current_stream()]
+
+    class Chosen:  # as torch.cuda.stream
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, on[0] = on[0], self.stream
+
+        def __exit__(self, *_):
+            on[0] = self.before
+
+    class Broken(Chosen):  # as torch.cuda.graph, which raises before it puts its own stream back
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "stream", Chosen)
+    model = tiny_llama().double()
+    plain, ours = steps(model), steps(model)
+    ours.captures = True
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    ids = torch.tensor([[4], [5]])
+    assert_close(ours.step(ids), plain.step(ids), tolerance=1e-9)
+    assert on == [torch.cuda.current_stream()]
 
 
 @torch.no_grad()

@@ -49,6 +49,12 @@ def sampled(model, prompts, rows, **options):
     return generate(model, prompts, uniforms=numbers(rows), eos_id=EOS, pad_id=PAD, **options)
 
 
+def test_what_is_said_of_tokens_weighs_no_more_than_they_do(model, prompts):
+    """It is sent to other processes, and a view is sent with all that it is a view of."""
+    for rows in sampled(model, prompts, range(len(prompts))).figures.values():
+        assert all(row.untyped_storage().nbytes() == row.nbytes for row in rows)
+
+
 def test_same_tokens_as_a_plain_loop(model, prompts):
     rows = list(range(len(prompts)))
     fast = run(model, prompts, rows)

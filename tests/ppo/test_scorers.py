@@ -1,6 +1,7 @@
 """Several scores become one, and a model's rows are divided over processes."""
 
 import logging
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,14 @@ def test_divided_rows_come_back_in_their_order(size, monkeypatch):
     company.work(score)
     for scores in found:
         assert_close(scores, by_first_token(prompts, responses))
+
+
+def test_scores_are_sent_as_numbers(monkeypatch):
+    company = Company(2)
+    monkeypatch.setattr(scorers, "distributed", company)
+    rows = [[1]] * 2000
+    company.work(lambda _: Divided(by_one)(rows, rows))
+    assert all(len(pickle.dumps(share)) < 10_000 for share in company.desk)
 
 
 def test_long_texts_are_counted_and_cut_at_their_beginning(tmp_path, caplog):

@@ -26,6 +26,8 @@ def flat(model) -> torch.Tensor:
 
 def measured(roles: Roles) -> dict[str, torch.Tensor]:
     found = measure(roles, PROMPTS, RESPONSES, temperature=0.8, pad_id=PAD, batch_size=6)
+    for row in (row for rows in found.values() for row in rows):
+        assert row.untyped_storage().nbytes() == row.nbytes  # nothing else is sent with it
     scores = score_responses(roles.reward_model, PROMPTS, RESPONSES, pad_id=PAD)
     return {**{name: torch.cat(rows) for name, rows in found.items()}, "scores": scores}
 
