@@ -12,7 +12,7 @@ from pipeline.config import portable, require
 from pipeline.data.adapters.reading import ADAPTERS, adapted
 from pipeline.data.cleaning import has_token
 from pipeline.data.formats import check_row, row_texts
-from pipeline.data.local import SUFFIXES, local_rows, suffix_of
+from pipeline.data.local import SUFFIXES, check_file, local_rows, suffix_of
 from pipeline.data.sources import Source
 from pipeline.data.splits import Split
 from pipeline.data.tables import Row
@@ -149,8 +149,7 @@ def file_digest(own: OwnRows) -> str:
     if not own.path:
         folder = Path(own.hub)
         return _folder_digest(folder) if own.hub and folder.is_dir() else ""
-    if not Path(own.path).is_file():
-        raise UserError(f"{own.path} does not exist")
+    check_file(Path(own.path))
     with Path(own.path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
