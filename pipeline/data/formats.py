@@ -219,7 +219,7 @@ def _number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         raise _BadRowError(f"{name} must be a number, got {value!r}") from None
     except OverflowError:
-        number = math.copysign(2 * LARGEST, value)
+        number = 2.0 * LARGEST  # too long for a float, whatever its sign
     if not math.isfinite(number):
         raise _BadRowError(f"{name} must be finite, got {value!r}")
     if abs(number) > LARGEST:

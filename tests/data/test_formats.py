@@ -105,6 +105,11 @@ def test_rows_that_are_taken(row_type, row, expected):
         ("preferences", RANKING | {"prompt": [ASSISTANT]}, "prompt must end with a message of"),
         ("preferences", RANKING | {"responses": ["a"]}, "responses must be a list of at least two"),
         ("preferences", RANKING | {"scores": [1]}, "scores must be a list as long as responses"),
+        (
+            "preferences",
+            RANKING | {"scores": [10**400, 1]},
+            "scores must be between ±1,000,000,000, got 10",
+        ),
         ("preferences", RANKING | {"ids": ["1"]}, "ids and ratings must be lists as long as"),
         ("preferences", RANKING | {"responses": ["a", ""]}, "response is empty"),
     ],
