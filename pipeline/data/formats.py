@@ -112,6 +112,8 @@ def _text(row: Row) -> Row:
 def _instruction(row: Row) -> Row:
     if "messages" in row and "prompt" not in row:
         messages = _messages(row["messages"], "messages")
+        if len(messages) < 2:
+            raise _BadRowError("messages must hold a prompt and the reply to it")
         return _instruction({"prompt": messages[:-1], "completion": messages[-1:]})
     return {"prompt": _prompt_value(row, "prompt"), "completion": _reply(row, "completion")}
 

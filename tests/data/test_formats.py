@@ -79,7 +79,7 @@ def test_rows_that_are_taken(row_type, row, expected):
         ("text", {"messages": [{"role": "user", "content": ""}]}, "content is empty"),
         ("prompts", {"prompt": [ASSISTANT]}, "prompt must end with a message of the user"),
         ("instructions", {"prompt": "p"}, "completion is missing"),
-        ("instructions", {"messages": [ASSISTANT]}, "prompt must be a list of messages"),
+        ("instructions", {"messages": [ASSISTANT]}, "messages must hold a prompt and the reply"),
         (
             "instructions",
             {"prompt": "p", "completion": [USER]},
