@@ -49,8 +49,8 @@ class OwnRows:
     licence: str = "unknown"
     """Licence of these rows, for sources.json and the model cards."""
     split: Split = field(default_factory=Split)
-    """Shares held out; rows with one `group` column (else the same first text) stay together, of a
-    schema those of one document: conversation, post, prompt or tree."""
+    """Shares held out; rows with one `group` column (else with the same first words of the user)
+    stay together, of a schema those of one document: conversation, post, prompt or tree."""
 
     def check(self, field: str) -> None:
         """Raises UserError, naming the field's path, for settings that do not fit together."""
