@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 SMALLEST_STD = 1e-9
 """Smallest deviation of scores that means anything; by less they would be divided to infinity."""
 
+CLASSIFIER = "ForSequenceClassification"
+"""How Transformers' names of models that score texts end."""
+
 
 def build_causal_lm(
     architecture: Architecture,
@@ -92,13 +95,32 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
     """Returns the causal LM of a folder or hub id in evaluation mode.
 
     In float32, or as `pipeline.lora.quantisation` says.
+
+    Raises:
+        UserError: no model could be loaded from there, or one that scores texts lies there.
     """
     from transformers import AutoModelForCausalLM
 
+    _check_it_writes(Path(path))
     model = _load(AutoModelForCausalLM, path, quantization_config=quantisation)
     if quantisation is not None:
         keep_differentiable(model)
     return model
+
+
+def _check_it_writes(path: Path) -> None:
+    """Raises UserError where a reward model's or a critic's folder stands for a language model's.
+
+    With embeddings that are tied all weights of one are there, and its replies would be noise.
+    """
+    found = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    named = found.get("architectures") if isinstance(found, dict) else None
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    require(
+        not any(name.endswith(CLASSIFIER) for name in names),
+        f"{path} holds {', '.join(names)}, which scores texts and writes none. Name the folder of a "
+        "causal language model",
+    )
 
 
 def load_origin(origin: Origin, *, quantisation: Any = None) -> "PreTrainedModel":

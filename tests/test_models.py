@@ -69,6 +69,13 @@ def test_loading_what_is_not_there_is_one_line(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_model_that_scores_texts_is_no_language_model(tmp_path):
+    tiny_reward_model().save_pretrained(tmp_path)
+    told = "holds LlamaForSequenceClassification, which scores texts and writes none"
+    with pytest.raises(UserError, match=told):
+        load_causal_lm(tmp_path)
+
+
 def test_a_reward_model_needs_one_label_and_its_constants(tmp_path):
     model = tiny_reward_model()
     model.save_pretrained(tmp_path / "good")
