@@ -15,6 +15,7 @@ from pipeline.context import POSITIONS
 from pipeline.errors import UserError, told
 from pipeline.logprobs import wide
 from pipeline.lora import keep_differentiable
+from pipeline.manifest import mending_command
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
@@ -118,8 +119,8 @@ def _check_it_writes(path: Path) -> None:
     names = [str(name) for name in named] if isinstance(named, list) else []
     require(
         not any(name.endswith(CLASSIFIER) for name in names),
-        f"{path} holds {', '.join(names)}, which scores texts and writes none. Name the folder of a "
-        "causal language model",
+        f"{path} holds {', '.join(names)}, which scores texts and writes none. Name the folder of "
+        "a causal language model",
     )
 
 
@@ -162,7 +163,7 @@ def load_classifier(path: Path | str) -> "PreTrainedModel":
         require(
             is_number(mean) and is_number(std) and std > SMALLEST_STD,
             f"{path}/config.json: reward_mean {mean!r} and reward_std {std!r} normalise nothing. "
-            f"Run: make {Path(path).name} FORCE=1",
+            f"Run: {mending_command(Path(path))} FORCE=1",
         )
     return model
 
@@ -176,7 +177,8 @@ def load_reward_model(path: Path | str) -> "PreTrainedModel":
     model = load_classifier(path)
     require(
         has_constants(model),
-        f"{path}/config.json lacks reward_mean and reward_std. Run: make {Path(path).name} FORCE=1",
+        f"{path}/config.json lacks reward_mean and reward_std. "
+        f"Run: {mending_command(Path(path))} FORCE=1",
     )
     return model
 

@@ -85,7 +85,7 @@ def test_a_reward_model_needs_one_label_and_its_constants(tmp_path):
     del model.config.reward_mean
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(
-        UserError, match="bare/config.json lacks reward_mean and reward_std. Run: make bare FORCE=1"
+        UserError, match="bare/config.json lacks reward_mean and reward_std. Run: make bare RUN="
     ):
         load_reward_model(tmp_path / "bare")
     tiny_llama().save_pretrained(tmp_path / "lm")

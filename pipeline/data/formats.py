@@ -86,8 +86,10 @@ def _document(row: Row) -> str:
     """Names the document of a row as the schemas do; one system message opens many of them."""
     if "text" in row:
         return str(row["text"])
-    prompt = row["prompts"][0] if "prompts" in row else row.get("messages", row.get("prompt"))
-    return normalise(prompt) if isinstance(prompt, str) else first_question(prompt) or texts_of(prompt)[-1]
+    prompt: Any = row["prompts"][0] if "prompts" in row else row.get("messages", row.get("prompt"))
+    if isinstance(prompt, str):
+        return normalise(prompt)
+    return first_question(prompt) or texts_of(prompt)[-1]
 
 
 def texts_of(value: Any) -> list[str]:
