@@ -6,7 +6,6 @@ Writes  runs/<recipe>/sft, a Hugging Face model folder with its tokenizer; adapt
 Command make sft RECIPE=cpu ARGS="--training.steps=200"
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +119,7 @@ def validation_metrics(
 ) -> dict[str, float]:
     """Returns loss (nats per reply token, EOS included) and perplexity."""
     from pipeline.fitting import mean_nll
+    from pipeline.logprobs import perplexity
 
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     batches = [
@@ -127,7 +127,7 @@ def validation_metrics(
         for i in range(0, len(ordered), batch_size)
     ]
     loss, _ = mean_nll(model, batches)
-    return {"validation/loss": loss, "validation/perplexity": math.exp(loss)}
+    return {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
 
 
 def write_samples(
