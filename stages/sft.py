@@ -40,7 +40,8 @@ class Config(TrainingConfig):
     samples: int = 8
     """Replies to validation prompts written to samples.jsonl."""
     sample_tokens: int = 48
-    """Most tokens of such a reply."""
+    """Most tokens of such a reply; fewer where the longest of the prompts leaves less of the
+    model's context."""
     training: Training = field(default_factory=Training)
     """How the weights are moved."""
     lora: LoRA = field(default_factory=LoRA)
@@ -151,11 +152,13 @@ def write_samples(
     if is_divided(model):  # this process alone samples, from what was just written; not on its
         model = load_causal_lm(run.path)  # GPU, which holds a part of the model already
     prompts = [_prompt_of(row) for row in chosen]
+    context, longest = context_of(model.config), max(map(len, prompts))
+    room = context - longest if context else config.sample_tokens
     numbers = uniforms(
         stream(config.seed, "samples"),
         update=0,
         rows=list(range(len(chosen))),
-        positions=config.sample_tokens,
+        positions=min(config.sample_tokens, room),
     )
     replies = generate(
         model.eval(),
