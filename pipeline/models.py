@@ -25,16 +25,13 @@ from pipeline.sharding import in_one_pass
 from pipeline.storage import read_json
 from pipeline.streams import stream
 from pipeline.tokenizer import encode_prompt, render_prompt
-from pipeline.weights import load_whole
+from pipeline.weights import check_it_writes, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SMALLEST_STD = 1e-9
 """Smallest deviation of scores that means anything; by less they would be divided to infinity."""
-
-CLASSIFIER = "ForSequenceClassification"
-"""How Transformers' names of models that score texts end."""
 
 
 def build_causal_lm(
@@ -102,26 +99,11 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
     """
     from transformers import AutoModelForCausalLM
 
-    _check_it_writes(Path(path))
+    check_it_writes(Path(path))
     model = _load(AutoModelForCausalLM, path, quantization_config=quantisation)
     if quantisation is not None:
         keep_differentiable(model)
     return model
-
-
-def _check_it_writes(path: Path) -> None:
-    """Raises UserError where a reward model's or a critic's folder stands for a language model's.
-
-    With embeddings that are tied all weights of one are there, and its replies would be noise.
-    """
-    found = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    named = found.get("architectures") if isinstance(found, dict) else None
-    names = [str(name) for name in named] if isinstance(named, list) else []
-    require(
-        not any(name.endswith(CLASSIFIER) for name in names),
-        f"{path} holds {', '.join(names)}, which scores texts and writes none. Name the folder of "
-        "a causal language model",
-    )
 
 
 def load_origin(origin: Origin, *, quantisation: Any = None) -> "PreTrainedModel":
