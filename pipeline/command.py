@@ -15,6 +15,7 @@ from typing import NoReturn, TypeVar
 from pipeline.config import StageConfig, load
 from pipeline.distributed import end_with, is_main, leave, rank, world_size
 from pipeline.errors import UpToDate, UserError, first_line
+from pipeline.manifest import remember_recipe
 from pipeline.pretrained import permit
 from pipeline.stopping import STOPPED, Stopped, Terminated, end_with_launcher
 from pipeline.terminal import start_logging
@@ -102,6 +103,7 @@ def _outcome(
         end_with_launcher()
         config = load(config_class, argv, stage=stage)
         forced = config.force
+        remember_recipe(config.run_dir, config.recipe)
         trusted = config.trust_remote_code
         permit([*trusted, *(str(config.folder(name)) for name in trusted)])
         run(config)

@@ -11,6 +11,7 @@ from pipeline.data.tables import stage_rows
 from pipeline.distributed import is_main
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED
+from pipeline.manifest import mending_command
 from pipeline.tokenizer import rendering, tokens_of
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def read_corpus(
         UserError: there is no such file, or it holds less than a row.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist: the data stage made no text rows. Run: make data")
+        raise UserError(
+            f"{path} does not exist: the data stage put no text rows there. Bring more "
+            f"(docs/own-data.md), then run: {mending_command(path.parent)} FORCE=1"
+        )
     corpus = _packed(path, tokenizer=tokenizer, length=length, more=more)
     require(bool(len(corpus.rows)), f"{_short_of_a_row(path, corpus)} {setting} {length}")
     return corpus

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.tables import stage_rows
 from pipeline.errors import UserError
+from pipeline.manifest import mending_command
 from pipeline.tokenizer import encode_conversation, rendering, reply_text, tokens_of
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def read_examples(path: Path, *, tokenizer: "PreTrainedTokenizerFast", max_lengt
     """Returns a file of instruction rows as tokens, without rows longer than max_length."""
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: the data stage made no instructions. Run: make data"
+            f"{path} does not exist: the data stage put no instructions there. Bring more "
+            f"(docs/own-data.md), then run: {mending_command(path.parent)} FORCE=1"
         )
     rows = list(stage_rows(path, "instructions"))
     examples = encode_rows(tokenizer, rows)

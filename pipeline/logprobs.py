@@ -5,6 +5,7 @@ pass over both again. Here the way back knows the formula, and takes rows by the
 what stands between the products stays in the processor's cache.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 BLOCK = 1 << 18
 """Logits that are worked on at a time: a megabyte in float32."""
+
+
+LARGEST_LOSS = 700.0
+"""Nats per token; exp of 710 is no number, and guessing among a million words loses 14."""
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss) of a mean loss in nats per token.
+
+    Raises:
+        UserError: it is beyond every number, or there is none.
+    """
+    if not loss <= LARGEST_LOSS:
+        raise UserError(
+            f"a loss of {loss:.3g} nats per token: the model has diverged. Lower the learning rate "
+            "of the stage that trains it"
+        )
+    return math.exp(loss)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import require
+from pipeline.manifest import mending_command
 from pipeline.storage import read_json, write_json
 from pipeline.streams import stream
 
@@ -188,7 +189,7 @@ def check_adapter(folder: Path) -> None:
     require(
         plain and not config.get("megatron_config") and weights.is_file(),
         f"{folder} is no LoRA adapter with its weights in {weights.name}. "
-        f"Run: make {folder.parent.name} FORCE=1",
+        f"Run: {mending_command(folder.parent)} FORCE=1",
     )
 
 

@@ -53,6 +53,9 @@ CIRCUMSTANCES = mapping(
 )
 """What is read of its circumstances."""
 
+_recipes: dict[Path, str] = {}
+"""Recipes by run folder: of the whole process, so that every message can name the right one."""
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of a finished folder, whose files are not looked at.
@@ -92,9 +95,16 @@ def _refusal(manifest: Any, version: Any) -> str:
     )
 
 
+def remember_recipe(run: Path, recipe: str) -> None:
+    """Notes the recipe of this process's run folder, whose name need not tell it."""
+    _recipes[run] = recipe
+
+
 def mending_command(path: Path) -> str:
     """Returns the command that makes a stage's folder anew."""
-    recipe = path.parent.name
-    if path.parent.parent.name == "runs" and (Path("configs") / recipe).is_dir():
+    run, recipe = path.parent, path.parent.name
+    known = _recipes.get(run)
+    is_recipes = run.parent.name == "runs" and (Path("configs") / recipe).is_dir()
+    if is_recipes and known in (None, recipe):
         return f"make {path.name} RECIPE={recipe}"
-    return f"make {path.name} RUN={path.parent}"
+    return f"make {path.name}{f' RECIPE={known}' if known else ''} RUN={run}"

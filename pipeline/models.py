@@ -15,6 +15,7 @@ from pipeline.context import POSITIONS
 from pipeline.errors import UserError, told
 from pipeline.logprobs import wide
 from pipeline.lora import keep_differentiable
+from pipeline.manifest import mending_command
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
@@ -24,7 +25,7 @@ from pipeline.sharding import in_one_pass
 from pipeline.storage import read_json
 from pipeline.streams import stream
 from pipeline.tokenizer import encode_prompt, render_prompt
-from pipeline.weights import load_whole
+from pipeline.weights import check_it_writes, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -92,9 +93,13 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
     """Returns the causal LM of a folder or hub id in evaluation mode.
 
     In float32, or as `pipeline.lora.quantisation` says.
+
+    Raises:
+        UserError: no model could be loaded from there, or one that scores texts lies there.
     """
     from transformers import AutoModelForCausalLM
 
+    check_it_writes(Path(path))
     model = _load(AutoModelForCausalLM, path, quantization_config=quantisation)
     if quantisation is not None:
         keep_differentiable(model)
@@ -140,7 +145,7 @@ def load_classifier(path: Path | str) -> "PreTrainedModel":
         require(
             is_number(mean) and is_number(std) and std > SMALLEST_STD,
             f"{path}/config.json: reward_mean {mean!r} and reward_std {std!r} normalise nothing. "
-            f"Run: make {Path(path).name} FORCE=1",
+            f"Run: {mending_command(Path(path))} FORCE=1",
         )
     return model
 
@@ -154,7 +159,8 @@ def load_reward_model(path: Path | str) -> "PreTrainedModel":
     model = load_classifier(path)
     require(
         has_constants(model),
-        f"{path}/config.json lacks reward_mean and reward_std. Run: make {Path(path).name} FORCE=1",
+        f"{path}/config.json lacks reward_mean and reward_std. "
+        f"Run: {mending_command(Path(path))} FORCE=1",
     )
     return model
 

@@ -1,6 +1,8 @@
 """Text without the signs that would steer a terminal, and that no picture can hold."""
 
+import io
 import logging
+from typing import TextIO
 
 KEPT = "\n\t"
 """Control characters that do no more than lay out text."""
@@ -27,3 +29,13 @@ def start_logging(level: int) -> None:
     """Sends every message of this process to stderr, made harmless, ours and the libraries'."""
     logging.setLogRecordFactory(PrintableRecord)
     logging.basicConfig(level=level, format="%(message)s")
+
+
+def forgive(*streams: TextIO) -> None:
+    """Makes the terminal's streams put a sign for what they cannot read or write.
+
+    A line in another encoding than the terminal's, or a reply that it cannot show, ends nothing.
+    """
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

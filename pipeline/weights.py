@@ -6,8 +6,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import require
 from pipeline.errors import UserError, told
 from pipeline.pretrained import from_pretrained
+from pipeline.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +18,8 @@ log = logging.getLogger(__name__)
 
 NAMED = 3
 """Tensors that a message names."""
+CLASSIFIER = "ForSequenceClassification"
+"""How Transformers' names of models that score texts end."""
 
 
 def load_whole(
@@ -57,6 +61,21 @@ def load_whole(
         log.warning("%s: weights that its architecture does not have are left out: %s", path, named)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def check_it_writes(path: Path) -> None:
+    """Raises UserError where a reward model's or a critic's folder stands for a language model's.
+
+    With embeddings that are tied all weights of one are there, and its replies would be noise.
+    """
+    found = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    named = found.get("architectures") if isinstance(found, dict) else None
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    require(
+        not any(name.endswith(CLASSIFIER) for name in names),
+        f"{path} holds {', '.join(names)}, which scores texts and writes none. Name the folder of "
+        "a causal language model",
+    )
 
 
 def _whole_numbers(model: Any, path: Path | str) -> list[str]:

@@ -12,6 +12,7 @@ end of the input leaves.
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -22,9 +23,9 @@ from typing import Any
 
 from pipeline.command import Parser
 from pipeline.config import require
-from pipeline.context import fits
+from pipeline.context import context_of, fits
 from pipeline.errors import UserError
-from pipeline.terminal import printable, start_logging
+from pipeline.terminal import forgive, printable, start_logging
 
 GAP = "  |  "
 
@@ -63,18 +64,24 @@ class Speaker:
     history: list[dict[str, str]] = field(default_factory=list)
 
     def answer(self, text: str, *, config: Config, turn: int) -> str:
-        """Returns the reply to a new message; the oldest exchanges go when they no longer fit."""
+        """Returns the reply to a new message; the oldest exchanges go when they no longer fit.
+
+        A message that does not even fit alone is told of, and nothing is forgotten for it.
+        """
         from pipeline.evaluation.sampling import Sampling, sample
         from pipeline.tokenizer import encode_prompt
 
-        self.history.append({"role": "user", "content": text})
-        tokens = encode_prompt(self.tokenizer, self.history)
+        messages = [*self.history, {"role": "user", "content": text}]
+        tokens = encode_prompt(self.tokenizer, messages)
         while not fits(self.model.config, len(tokens) + config.max_response_tokens):
-            if len(self.history) == 1:
-                self.history.clear()
-                return "(that message is too long for this model)"
-            del self.history[:2]
-            tokens = encode_prompt(self.tokenizer, self.history)
+            if len(messages) == 1:
+                return (
+                    f"(too long: the message takes {len(tokens)} tokens and a reply up to "
+                    f"{config.max_response_tokens}, and this model reads "
+                    f"{context_of(self.model.config)}; shorten it or lower --max_response_tokens)"
+                )
+            del messages[:2]
+            tokens = encode_prompt(self.tokenizer, messages)
         sampling = Sampling(
             seed=config.seed,
             max_response_tokens=config.max_response_tokens,
@@ -88,7 +95,7 @@ class Speaker:
             draw=0,
             sampling=sampling,
         )
-        self.history.append({"role": "assistant", "content": replies[0].text})
+        self.history = [*messages, {"role": "assistant", "content": replies[0].text}]
         return replies[0].text
 
 
@@ -185,6 +192,7 @@ def run(config: Config) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    forgive(sys.stdin, sys.stdout)
     converse(load(config), lines=sys.stdin, write=write, config=config)
 
 
@@ -198,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         sys.stdout.write("\n")
+    except BrokenPipeError:  # nobody reads on; Python must not try once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -24,6 +24,7 @@ from pipeline.config import StageConfig, require
 from pipeline.data.tables import stage_rows
 from pipeline.distributed import gather_objects, is_main, rank, setup, world_size
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS
+from pipeline.manifest import mending_command
 from pipeline.spacing import evenly_spaced
 from pipeline.storage import write_json
 
@@ -161,7 +162,11 @@ def held_out_prompts(parents: Mapping[str, Artifact], *, num_prompts: int) -> tu
     from pipeline.tokenizer import encode_prompt
 
     path = parents["data"].path / "prompts-test.parquet"
-    require(path.is_file(), f"{path} does not exist. Run: make data FORCE=1")
+    require(
+        path.is_file(),
+        f"{path} does not exist: the data stage put no prompts there. Bring more "
+        f"(docs/own-data.md), then run: {mending_command(path.parent)} FORCE=1",
+    )
     rows = list(stage_rows(path, "prompts"))
     tokenizer, longest = load_tokenizer(parents["sft"].path), parents["ppo"].config
     pairs = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]

@@ -293,8 +293,7 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
         diagnoser.recall(logged)
     else:
         look(0)
-    done = trainer.updates
-    left = range(done, config.updates)
+    done, left = trainer.updates, range(trainer.updates, config.updates)
     with keep_pace(config.saving, stage="ppo") as pace:
         for number in progress(left, total=config.updates, description="ppo", initial=done):
             if validation.ends:

@@ -239,13 +239,14 @@ def validation_metrics(
 ) -> dict[str, float]:
     """Returns loss (nats per token), perplexity and bits per byte on rows at even distances."""
     from pipeline.fitting import mean_nll
+    from pipeline.logprobs import perplexity
 
     chosen = corpus.rows[evenly_spaced(len(corpus.rows), num_rows)]
     batches = [stack(list(rows)) for rows in chosen.split(batch_size)]
     loss, _ = mean_nll(model, batches)
     return {
         "validation/loss": loss,
-        "validation/perplexity": math.exp(loss),
+        "validation/perplexity": perplexity(loss),
         "validation/bits_per_byte": loss * corpus.tokens_per_byte / math.log(2),
     }
 

@@ -36,6 +36,8 @@ class Config(StageConfig):
     """Seeds, each a whole run."""
     parallel: int = 1
     """Runs at the same time; they share the processor's cores."""
+    tracking: str = "auto"
+    """Experiment trackers of every stage of every run; auto: as each stage's own YAML says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +65,9 @@ class Config(StageConfig):
 
 def make_words(config: Config, seed: int) -> list[str]:
     """Returns the make command of one seed's run."""
-    settings = [f"--seed={seed}", f"--tracking={config.tracking}"]
+    settings = [f"--seed={seed}"]
+    settings += [f"--tracking={config.tracking}"] if config.tracking != "auto" else []
+    settings += ["--deterministic=true"] if config.deterministic else []
     settings += [f"--threads={config.shared_threads}"] if config.shared_threads else []
     words = ["make", "--no-print-directory", "all", f"RECIPE={config.recipe}"]
     words += [f"RUN={config.seed_folder(seed)}", f"PYTHON={sys.executable}"]

@@ -6,7 +6,6 @@ Writes  runs/<recipe>/sft, a Hugging Face model folder with its tokenizer; adapt
 Command make sft RECIPE=cpu ARGS="--training.steps=200"
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,8 @@ class Config(TrainingConfig):
     samples: int = 8
     """Replies to validation prompts written to samples.jsonl."""
     sample_tokens: int = 48
-    """Most tokens of such a reply."""
+    """Most tokens of such a reply; fewer where the longest of the prompts leaves less of the
+    model's context."""
     training: Training = field(default_factory=Training)
     """How the weights are moved."""
     lora: LoRA = field(default_factory=LoRA)
@@ -126,6 +126,7 @@ def validation_metrics(
 ) -> dict[str, float]:
     """Returns loss (nats per reply token, EOS included) and perplexity."""
     from pipeline.fitting import mean_nll
+    from pipeline.logprobs import perplexity
 
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     batches = [
@@ -133,7 +134,7 @@ def validation_metrics(
         for i in range(0, len(ordered), batch_size)
     ]
     loss, _ = mean_nll(model, batches)
-    return {"validation/loss": loss, "validation/perplexity": math.exp(loss)}
+    return {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
 
 
 def write_samples(
@@ -157,11 +158,13 @@ def write_samples(
     if is_divided(model) or is_partitioned(model):  # this process alone samples, from what was
         model = load_causal_lm(run.path)  # just written; not on its GPU, which holds a part already
     prompts = [_prompt_of(row) for row in chosen]
+    context, longest = context_of(model.config), max(map(len, prompts))
+    room = context - longest if context else config.sample_tokens
     numbers = uniforms(
         stream(config.seed, "samples"),
         update=0,
         rows=list(range(len(chosen))),
-        positions=config.sample_tokens,
+        positions=min(config.sample_tokens, room),
     )
     replies = generate(
         model.eval(),

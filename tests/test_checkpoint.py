@@ -12,6 +12,7 @@ import pytest
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
+from pipeline.manifest import mending_command, remember_recipe
 from pipeline.stopping import Stopped
 from pipeline.training import Training
 
@@ -73,6 +74,16 @@ def test_a_missing_folder_names_the_command():
         open_artifact(Path("runs/cpu/sft"), kind="causal-lm")
     with pytest.raises(UserError, match="Run: make sft RUN=else/where"):
         open_artifact(Path("else/where/sft"), kind="causal-lm")
+
+
+def test_a_run_elsewhere_is_mended_with_the_recipe_it_has(monkeypatch):
+    monkeypatch.setattr("pipeline.manifest._recipes", {})
+    remember_recipe(Path("else/where"), "smoke")
+    assert mending_command(Path("runs/cpu/sft")) == "make sft RECIPE=cpu"
+    remember_recipe(Path("runs/cpu"), "smoke")
+    assert mending_command(Path("else/where/sft")) == "make sft RECIPE=smoke RUN=else/where"
+    assert mending_command(Path("runs/cpu/sft")) == "make sft RECIPE=smoke RUN=runs/cpu"
+    assert mending_command(Path("other/sft")) == "make sft RUN=other"
 
 
 def test_an_unfinished_folder_is_refused():

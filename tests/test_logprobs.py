@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline import logprobs
-from pipeline.logprobs import picked
+from pipeline.errors import UserError
+from pipeline.logprobs import perplexity, picked
 from tests.support import assert_close
 
 TOKENS = torch.tensor([2, 0, 4, 4, 1, 3, 2])
@@ -58,3 +59,10 @@ def test_bfloat16_logits_give_float32_figures_and_bfloat16_gradients():
     assert chosen.dtype == torch.float32
     chosen.sum().backward()
     assert logits.grad.dtype == torch.bfloat16
+
+
+def test_perplexity_is_a_number_or_the_model_has_diverged():
+    assert perplexity(math.log(8)) == pytest.approx(8)
+    for loss in (710.0, math.inf, math.nan):
+        with pytest.raises(UserError, match="the model has diverged. Lower the learning rate"):
+            perplexity(loss)

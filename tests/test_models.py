@@ -71,6 +71,13 @@ def test_loading_what_is_not_there_is_one_line(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_model_that_scores_texts_is_no_language_model(tmp_path):
+    tiny_reward_model().save_pretrained(tmp_path)
+    told = "holds LlamaForSequenceClassification, which scores texts and writes none"
+    with pytest.raises(UserError, match=told):
+        load_causal_lm(tmp_path)
+
+
 def test_a_reward_model_needs_one_label_and_its_constants(tmp_path):
     model = tiny_reward_model()
     model.save_pretrained(tmp_path / "good")
@@ -80,7 +87,7 @@ def test_a_reward_model_needs_one_label_and_its_constants(tmp_path):
     del model.config.reward_mean
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(
-        UserError, match="bare/config.json lacks reward_mean and reward_std. Run: make bare FORCE=1"
+        UserError, match="bare/config.json lacks reward_mean and reward_std. Run: make bare RUN="
     ):
         load_reward_model(tmp_path / "bare")
     tiny_llama().save_pretrained(tmp_path / "lm")

@@ -12,7 +12,7 @@ from pipeline.config import portable, require
 from pipeline.data.adapters.reading import ADAPTERS, adapted
 from pipeline.data.cleaning import has_token
 from pipeline.data.formats import check_row, row_texts
-from pipeline.data.local import SUFFIXES, local_rows, suffix_of
+from pipeline.data.local import SUFFIXES, check_file, local_rows, suffix_of
 from pipeline.data.sources import Source
 from pipeline.data.splits import Split
 from pipeline.data.tables import Row
@@ -49,8 +49,8 @@ class OwnRows:
     licence: str = "unknown"
     """Licence of these rows, for sources.json and the model cards."""
     split: Split = field(default_factory=Split)
-    """Shares held out; rows with one `group` column (else the same first text) stay together, of a
-    schema those of one document: conversation, post, prompt or tree."""
+    """Shares held out; rows with one `group` column (else with the same first words of the user)
+    stay together, of a schema those of one document: conversation, post, prompt or tree."""
 
     def check(self, field: str) -> None:
         """Raises UserError, naming the field's path, for settings that do not fit together."""
@@ -149,8 +149,7 @@ def file_digest(own: OwnRows) -> str:
     if not own.path:
         folder = Path(own.hub)
         return _folder_digest(folder) if own.hub and folder.is_dir() else ""
-    if not Path(own.path).is_file():
-        raise UserError(f"{own.path} does not exist")
+    check_file(Path(own.path))
     with Path(own.path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

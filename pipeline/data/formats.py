@@ -9,8 +9,9 @@
 
 A prompt is a string or a list of messages that ends with the user's; a completion, chosen or
 rejected reply is a string or the assistant's message in a list of one. Every row has a `group`
-(conversation, document or text); in rankings of the recipe it is the name of the set. Lines and
-spaces within a text stay as they are.
+(conversation, document or text); in rankings of the recipe it is the name of the set. Where none is
+given it is what the user said first, in lower case and words only, so that a question is one group
+in every row type and schema. Lines and spaces within a text stay as they are.
 """
 
 import math
@@ -18,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.cleaning import tidy
+from pipeline.data.adapters.turns import first_question
+from pipeline.data.cleaning import normalise, tidy
 from pipeline.data.tables import FORMS, Row, parquet_rows, stage_rows
 from pipeline.errors import UserError
 
@@ -74,10 +76,20 @@ def check_row(row: Any, row_type: str, *, where: str) -> Row:
     }.get(row_type, _preference)
     try:
         checked = build(row)
-        checked["group"] = _label(row.get("group"), "group") or row_texts(checked)[0]
+        checked["group"] = _label(row.get("group"), "group") or _document(checked)
     except _BadRowError as error:
         raise UserError(f"{where}: {error}") from None
     return checked
+
+
+def _document(row: Row) -> str:
+    """Names the document of a row as the schemas do; one system message opens many of them."""
+    if "text" in row:
+        return str(row["text"])
+    prompt: Any = row["prompts"][0] if "prompts" in row else row.get("messages", row.get("prompt"))
+    if isinstance(prompt, str):
+        return normalise(prompt)
+    return first_question(prompt) or texts_of(prompt)[-1]
 
 
 def texts_of(value: Any) -> list[str]:
@@ -112,6 +124,8 @@ def _text(row: Row) -> Row:
 def _instruction(row: Row) -> Row:
     if "messages" in row and "prompt" not in row:
         messages = _messages(row["messages"], "messages")
+        if len(messages) < 2:
+            raise _BadRowError("messages must hold a prompt and the reply to it")
         return _instruction({"prompt": messages[:-1], "completion": messages[-1:]})
     return {"prompt": _prompt_value(row, "prompt"), "completion": _reply(row, "completion")}
 
@@ -223,7 +237,7 @@ def _number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         raise _BadRowError(f"{name} must be a number, got {value!r}") from None
     except OverflowError:
-        number = math.copysign(2 * LARGEST, value)
+        number = 2.0 * LARGEST  # too long for a float, whatever its sign
     if not math.isfinite(number):
         raise _BadRowError(f"{name} must be finite, got {value!r}")
     if abs(number) > LARGEST:

@@ -21,14 +21,21 @@ def local_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: the file is missing, unreadable, or not of its kind; the line is named.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    check_file(path)
     try:
         yield from READERS[suffix_of(path)](path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error})") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({first_line(error)})") from error
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError where a path is no file."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
 
 
 def suffix_of(path: Path) -> str:

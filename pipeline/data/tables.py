@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, first_line
+from pipeline.manifest import mending_command
 
 Row = dict[str, Any]
 
@@ -55,7 +56,8 @@ def stage_rows(path: Path, row_type: str) -> Iterator[Row]:
     """
     for number, row in enumerate(parquet_rows(path)):
         if not any(_fits(row, form) for form in FORMS[row_type]):
-            raise UserError(f"{path} row {number} is no row of {row_type}. Run: make data FORCE=1")
+            mend = f"{mending_command(path.parent)} FORCE=1"
+            raise UserError(f"{path} row {number} is no row of {row_type}. Run: {mend}")
         yield row
 
 

@@ -1,11 +1,11 @@
 """The alignment tax: what a policy has forgotten of the text it was pretrained on."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.corpus import read_optional_corpus, stack
 from pipeline.fitting import nll_as_it_is
+from pipeline.logprobs import perplexity
 from pipeline.spacing import evenly_spaced
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def alignment_tax(
     chosen = [corpus.rows[index] for index in evenly_spaced(len(corpus.rows), num_rows)]
     size = rows_per_pass(length, vocabulary=sft.config.vocab_size)
     batches = [stack(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-    before, after = (math.exp(nll_as_it_is(model, batches)[0]) for model in (sft, ppo))
+    before, after = (perplexity(nll_as_it_is(model, batches)[0]) for model in (sft, ppo))
     return {"sft": before, "ppo": after, "ratio": after / before}
 
 

@@ -41,21 +41,29 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def check_output(path: Path, *, prompts: Path) -> None:
-    """Makes the folder of a file of replies, before there are any to lose.
+    """Makes the folder of a file of replies and tries to write there, before any could be lost.
 
     Raises:
-        UserError: the file is a folder, or the file of prompts itself.
+        UserError: the file is a folder, or the file of prompts itself, or cannot be written.
     """
     if path.is_dir():
         raise UserError(f"generate.output: {path} is a folder; name a file in it")
     if path.exists() and prompts.exists() and path.samefile(prompts):
         raise UserError(f"generate.output: would replace the prompts, {prompts}; name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = _partial(path).with_name(f"{_partial(path).name}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"generate.output: {path} cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def write_replies(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes the rows as JSON Lines, under a temporary name first so that no half file remains."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = _partial(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for row in rows:
@@ -65,6 +73,10 @@ def write_replies(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _parse(line: str, *, where: str) -> Prompt:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.manifest import mending_command
 from pipeline.shapes import holds, is_number, is_text, mapping
 from pipeline.storage import read_jsonl
 
@@ -73,11 +74,11 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "samples.jsonl"
     rows = read_jsonl(path)
     if not rows:
-        raise UserError(f"{path} holds no samples. Run: make evaluate FORCE=1")
+        raise UserError(f"{path} holds no samples. Run: {mending_command(folder)} FORCE=1")
     for number, row in enumerate(rows, start=1):
         fault = RECORD(row)
         if fault is not None:
             raise UserError(
-                f"{path}, line {number}: {fault} is damaged. Run: make evaluate FORCE=1"
+                f"{path}, line {number}: {fault} is damaged. Run: {mending_command(folder)} FORCE=1"
             )
     return rows

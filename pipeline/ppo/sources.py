@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint import Artifact, foreign_artifact, open_artifact
 from pipeline.config import require
 from pipeline.context import context_of
+from pipeline.manifest import mending_command
 from pipeline.ppo.settings import Source
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def reading_at(path: Path, *, tokenizer: "Tokenizer", own: bool) -> "Reading":
         require(
             load_tokenizer(path).get_vocab() == tokenizer.get_vocab(),
             f"{path} has another tokenizer than {tokenizer.name_or_path}. "
-            f"Run: make {path.name} FORCE=1",
+            f"Run: {mending_command(path)} FORCE=1",
         )
         return TokenReading(tokenizer)
     reading = load_reading(path)

@@ -5,7 +5,6 @@ control and metrics are global by construction; generation, scoring and gradient
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.errors import UserError
+from pipeline.logprobs import perplexity
 from pipeline.ppo.advantages import RunningBaseline, gae, grpo, reinforce, rloo, whiten
 from pipeline.ppo.checks import check_experience
 from pipeline.ppo.engines import RolloutEngine, corrected, open_engine
@@ -295,7 +295,7 @@ class PPOTrainer:
             own = slice(max(0, count - start))
             total += float(text_loss(logits[own], ids[own], num_tokens=1).value)
         num_tokens = len(text) * (text.shape[1] - 1)
-        return math.exp(sum(distributed.gather_objects(total)) / num_tokens)
+        return perplexity(sum(distributed.gather_objects(total)) / num_tokens)
 
     def save(self, folder: Path) -> None:
         """Writes the state of a resume point: what moves, whole. Every process must call it.

@@ -114,6 +114,9 @@ def test_not_utf8(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
         rows_of(tmp_path / "none.jsonl")
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"rows\.jsonl is a folder; name a file in it"):
+        rows_of(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(

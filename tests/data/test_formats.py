@@ -7,6 +7,7 @@ from pipeline.errors import UserError
 from tests.data.own import write_rows
 
 USER = {"role": "user", "content": "hello"}
+SYSTEM = {"role": "system", "content": "Be kind."}
 ASSISTANT = {"role": "assistant", "content": "hi"}
 RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1, -1]}
 
@@ -21,7 +22,7 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1, -1]}
             {"messages": [USER, ASSISTANT], "group": "7"},
         ),
         ("prompts", {"prompt": "p"}, {"prompt": "p", "group": "p"}),
-        ("prompts", {"prompt": "&amp;lt;"}, {"prompt": "&amp;lt;", "group": "&amp;lt;"}),
+        ("prompts", {"prompt": "&amp;lt;"}, {"prompt": "&amp;lt;", "group": "amp lt"}),
         (
             "prompts",
             {"prompt": "p", "group": "&amp;lt;"},
@@ -79,7 +80,7 @@ def test_rows_that_are_taken(row_type, row, expected):
         ("text", {"messages": [{"role": "user", "content": ""}]}, "content is empty"),
         ("prompts", {"prompt": [ASSISTANT]}, "prompt must end with a message of the user"),
         ("instructions", {"prompt": "p"}, "completion is missing"),
-        ("instructions", {"messages": [ASSISTANT]}, "prompt must be a list of messages"),
+        ("instructions", {"messages": [ASSISTANT]}, "messages must hold a prompt and the reply"),
         (
             "instructions",
             {"prompt": "p", "completion": [USER]},
@@ -105,6 +106,11 @@ def test_rows_that_are_taken(row_type, row, expected):
         ("preferences", RANKING | {"prompt": [ASSISTANT]}, "prompt must end with a message of"),
         ("preferences", RANKING | {"responses": ["a"]}, "responses must be a list of at least two"),
         ("preferences", RANKING | {"scores": [1]}, "scores must be a list as long as responses"),
+        (
+            "preferences",
+            RANKING | {"scores": [10**400, 1]},
+            "scores must be between ±1,000,000,000, got 10",
+        ),
         ("preferences", RANKING | {"ids": ["1"]}, "ids and ratings must be lists as long as"),
         (
             "preferences",
@@ -118,6 +124,28 @@ def test_rows_that_are_refused(row_type, row, message):
     with pytest.raises(UserError) as caught:
         check_row(row, row_type, where="rows.jsonl line 3")
     assert str(caught.value).startswith(f"rows.jsonl line 3: {message}")
+
+
+@pytest.mark.parametrize(
+    ("row_type", "row"),
+    [
+        ("text", {"messages": [SYSTEM, USER, ASSISTANT]}),
+        ("text", {"messages": [ASSISTANT, USER]}),
+        ("prompts", {"prompt": [SYSTEM, USER]}),
+        ("prompts", {"prompt": "Hello!"}),
+        ("instructions", {"messages": [SYSTEM, USER, ASSISTANT]}),
+        ("preferences", {"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b"}),
+        ("preferences", RANKING | {"prompt": [SYSTEM, USER]}),
+        ("preferences", RANKING | {"prompt": "hello?"}),
+    ],
+)
+def test_a_question_is_one_group_in_every_row_type(row_type, row):
+    assert check_row(row, row_type, where="here")["group"] == "hello"
+
+
+def test_rows_without_a_user_are_grouped_by_their_last_text():
+    row = {"messages": [SYSTEM, ASSISTANT]}
+    assert check_row(row, "text", where="here")["group"] == "hi"
 
 
 def test_every_text_of_a_row():

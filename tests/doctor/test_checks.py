@@ -81,7 +81,7 @@ def test_a_reward_model_of_another_tokenizer_is_wrong(run, tmp_path):
     state, text = only(checks.agreement(of(run=tmp_path), machine()))
     assert state == "wrong"
     assert text.startswith(f"{tmp_path / 'reward'} has another tokenizer than ")
-    assert text.endswith(". Run: make reward FORCE=1")
+    assert text.endswith(f". Run: make reward RUN={tmp_path} FORCE=1")
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own_reads_the_text_anew(run, tmp_path):

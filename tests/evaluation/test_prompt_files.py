@@ -70,3 +70,12 @@ def test_replies_are_written_whole_or_not_at_all(tmp_path):
         write_replies(path, [{"response": "c"}, {"response": object()}])
     assert path.read_text(encoding="utf-8").startswith('{"response": "é"}')
     assert [file.name for file in path.parent.iterdir()] == ["replies.jsonl"]
+
+
+def test_what_cannot_be_written_is_told_before_there_are_replies(tmp_path):
+    file = written(tmp_path, "file", "")
+    for output in (file / "replies.jsonl", tmp_path / ("x" * 250)):
+        with pytest.raises(UserError, match=r"generate\.output: .* cannot be written \(.+\); name"):
+            check_output(output, prompts=tmp_path / "prompts.txt")
+    check_output(tmp_path / "replies.jsonl", prompts=tmp_path / "prompts.txt")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -74,7 +74,7 @@ def test_lines_of_any_text_are_answered_or_told(checkout, caplog, lines):
     [
         (("--generate.output=prompts.txt",), "generate.output: would replace"),
         (("--generate.output=model",), "generate.output: model is a folder"),
-        (("--generate.output=model/config.json/x",), "a file stands where a folder is needed"),
+        (("--generate.output=model/config.json/x",), r"cannot be written (File exists)"),
         (("--generate.output=" + "x" * 300,), "the name is too long"),
         (("--generate.prompts=model",), "no such file: model"),
         (("--generate.model=nowhere",), "nowhere is no folder"),

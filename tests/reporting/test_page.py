@@ -164,7 +164,7 @@ def test_samples_are_even_and_also_the_worst(content):
 def test_an_evaluation_without_samples_is_refused(tmp_path):
     run = artifacts(fake_run(tmp_path / "run"))
     (run["evaluate"].path / "samples.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"holds no samples\. Run: make evaluate FORCE=1"):
+    with pytest.raises(UserError, match=r"holds no samples\. Run: make evaluate RUN="):
         page_content(run, title="run")
 
 

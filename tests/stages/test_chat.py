@@ -1,5 +1,7 @@
 """The chat: piped lines, history, two models side by side, refusals."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -60,11 +62,16 @@ def test_the_oldest_exchanges_go_when_the_context_is_full(folders):
     assert speaker.history[0]["role"] == "user"
 
 
-def test_a_message_beyond_the_context_is_told_and_forgotten(folders):
+def test_a_message_beyond_the_context_is_told_and_nothing_is_forgotten(folders):
     settings = config(folders[0])
     (speaker,) = load(settings)
-    assert "too long" in speaker.answer("x " * 80, config=settings, turn=0)
+    told = speaker.answer("x " * 80, config=settings, turn=0)
+    assert re.search(r"takes \d+ tokens and a reply up to 6, and this model reads \d+", told)
     assert speaker.history == []
+    speaker.answer("love you", config=settings, turn=1)
+    before = list(speaker.history)
+    assert "too long" in speaker.answer("x " * 80, config=settings, turn=2)
+    assert speaker.history == before != []
 
 
 def test_two_models_answer_side_by_side(folders):
@@ -113,6 +120,25 @@ def test_piped_lines_are_a_chat(folders):
         words, input="love you\n/quit\n", capture_output=True, text=True, check=True
     )
     assert done.stdout.count("> ") == 2
+
+
+def test_what_the_terminal_cannot_read_or_show_ends_nothing(folders):
+    words = [sys.executable, "-m", "stages.chat", "--models", folders[0]]
+    lines = b"love \xff\xfe you\nplay\n"
+    surroundings = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(words, input=lines, capture_output=True, env=surroundings, check=True)
+    assert done.stdout.count(b"> ") == 3
+
+
+def test_a_reader_that_leaves_ends_the_chat_quietly(folders):
+    words = [sys.executable, "-m", "stages.chat", "--models", folders[0]]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        words, input=b"love you\n", stdout=writing, stderr=subprocess.PIPE, check=True
+    )
+    os.close(writing)
+    assert done.stderr == b""
 
 
 def test_help_loads_nothing_heavy():

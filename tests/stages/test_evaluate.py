@@ -192,7 +192,9 @@ def test_a_data_folder_without_test_prompts_is_refused(chain, tmp_path):
     run = copy(chain, tmp_path)
     parents = {name: open_artifact(run / name, kind=kind) for name, kind in PARENTS.items()}
     (run / "data" / "prompts-test.parquet").unlink()
-    with pytest.raises(UserError, match=r"prompts-test\.parquet does not exist\. Run: make data"):
+    with pytest.raises(
+        UserError, match=r"prompts-test\.parquet does not exist: .* then run: make data"
+    ):
         held_out_prompts(parents, num_prompts=1)
 
 

@@ -52,6 +52,12 @@ def test_each_seed_is_a_run_of_its_own():
     assert make_words(Config(force=True), 1)[-1] == "FORCE=1"
 
 
+def test_stages_keep_their_own_tracking_and_bits_unless_the_seeds_say_otherwise():
+    assert "ARGS=--seed=1" in make_words(Config(), 1)
+    told = make_words(Config(tracking="wandb", deterministic=True), 1)
+    assert "ARGS=--seed=1 --tracking=wandb --deterministic=true" in told
+
+
 def test_parallel_runs_share_the_cores(monkeypatch):
     monkeypatch.setattr("stages.seeds.num_cores", lambda: 8)
     assert "--threads=4" in " ".join(make_words(Config(parallel=2), 1))

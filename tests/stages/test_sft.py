@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import stages.data
 import stages.pretrain
@@ -185,6 +186,18 @@ def test_a_divided_models_samples_are_drawn_on_the_processor(run_dir, tokenizer,
         config, tiny_llama().to("meta"), tokenizer=tokenizer, rows=said, run=run, step=1
     )
     assert [row["human"] for row in rows(run_dir, "samples.jsonl")] == ["hi"]
+
+
+def test_samples_end_where_the_models_context_does(run_dir, tokenizer):
+    shutil.copytree(run_dir / "pretrain", run_dir / "sft")
+    said = instructions.encode_rows(tokenizer, [{"prompt": "hello", "completion": "hi"}])
+    config = replace(config_of(run_dir), sample_tokens=1000)
+    run = checkpoint._stage_run(config, stage="sft", kind="causal-lm", parents={})
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 24}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    sft.write_samples(config, model, tokenizer=tokenizer, rows=said, run=run, step=1)
+    assert rows(run_dir, "samples.jsonl")[-1]["response"]
 
 
 def reply_loss(model, row):
