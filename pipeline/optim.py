@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -113,15 +113,19 @@ class OptimizerKeeper(Trainer):
     optimizer: torch.optim.Optimizer | None
     given: torch.optim.Optimizer | None = None
 
-    def keep(self, optimizer: torch.optim.Optimizer) -> Self:
-        """Returns this trainer with an optimizer that it will train with."""
-        self.optimizer = self.given = optimizer
-        return self
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the optimizer that was given, or where none was, Trainer's own."""
         self.optimizer = self.optimizer or self.given
         return super().create_optimizer(model)
+
+
+K = TypeVar("K", bound=OptimizerKeeper)
+
+
+def given(trainer: K, optimizer: torch.optim.Optimizer) -> K:
+    """Returns a trainer with the optimizer that it is to train with."""
+    trainer.optimizer = trainer.given = optimizer
+    return trainer
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

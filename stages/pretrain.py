@@ -204,7 +204,7 @@ def build_trainer(
     from transformers import TrainingArguments
 
     from pipeline.language_loss import LanguageModelTrainer
-    from pipeline.optim import build_optimizer
+    from pipeline.optim import build_optimizer, given
 
     training = config.training
     steps = config.num_steps(len(corpus.rows))
@@ -222,7 +222,7 @@ def build_trainer(
         world_size=world_size(),
         recomputes=config.activation_checkpointing,
     )
-    return LanguageModelTrainer(
+    trainer = LanguageModelTrainer(
         language_model=model,
         model=model,
         args=on_one_gpu(
@@ -231,7 +231,8 @@ def build_trainer(
         train_dataset=[corpus.rows[row] for row in order],
         data_collator=stack,
         processing_class=tokenizer,
-    ).keep(build_optimizer(model, training))
+    )
+    return given(trainer, build_optimizer(model, training))
 
 
 def validation_metrics(

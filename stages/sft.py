@@ -92,7 +92,7 @@ def build_trainer(
     from trl import SFTConfig, SFTTrainer
 
     from pipeline.language_loss import LanguageModelTrainer
-    from pipeline.optim import build_optimizer
+    from pipeline.optim import build_optimizer, given
 
     class ReplyTrainer(LanguageModelTrainer, SFTTrainer):
         """TRL's trainer with the loss that never holds a batch's logits."""
@@ -107,7 +107,7 @@ def build_trainer(
     )
     trained = with_adapter(model, config.lora, task="CAUSAL_LM", seed=config.seed)
     prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return ReplyTrainer(
+    trainer = ReplyTrainer(
         language_model=model,
         model=trained,
         args=on_one_gpu(SFTConfig(**arguments, **prepared)),
@@ -118,7 +118,8 @@ def build_trainer(
             }
         ),
         processing_class=tokenizer,
-    ).keep(build_optimizer(model, config.training))
+    )
+    return given(trainer, build_optimizer(model, config.training))
 
 
 def validation_metrics(

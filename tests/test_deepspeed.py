@@ -25,6 +25,7 @@ from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.fitting import check_division
 from pipeline.language_loss import LanguageModelTrainer
+from pipeline.optim import given
 from pipeline.restricted import restricted, saved_by_deepspeed
 from pipeline.training import Training
 from stages.sft import Config as SFTConfig
@@ -168,7 +169,8 @@ def test_an_optimizer_that_is_thrown_away_is_taken_again(tmp_path):
         language_model=model,
         model=model,
         args=TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True),
-    ).keep(optimizer)
+    )
+    given(trainer, optimizer)
     trainer.optimizer = None
     assert trainer.create_optimizer() is optimizer
 

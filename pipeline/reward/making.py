@@ -13,7 +13,7 @@ from pipeline.errors import UserError, told
 from pipeline.fitting import fit, merge_adapter, save_merged
 from pipeline.lora import quantisation, with_adapter
 from pipeline.models import load_causal_lm, load_tokenizer, take_constants
-from pipeline.optim import build_optimizer
+from pipeline.optim import build_optimizer, given
 from pipeline.origin import origin_commit
 from pipeline.pretrained import from_pretrained
 from pipeline.reward.constants import sample_replies, set_constants
@@ -191,7 +191,7 @@ def build_trainer(
         recomputes=config.activation_checkpointing,
     )
     trained = with_adapter(model, config.lora, task="SEQ_CLS", seed=config.seed)
-    return RankingTrainer(
+    trainer = RankingTrainer(
         model=trained,
         # Texts that are not packed take processes different numbers of forward passes, so none of
         # these may synchronise.
@@ -209,7 +209,8 @@ def build_trainer(
             separator=reading.separator,
         ),
         processing_class=reading.tokenizer,
-    ).keep(build_optimizer(model, training))
+    )
+    return given(trainer, build_optimizer(model, training))
 
 
 def untrained(config: RewardConfig, sft: Path, *, like: PreTrainedModel) -> PreTrainedModel:
