@@ -101,8 +101,8 @@ class Points:
         distributed.barrier()
         if distributed.is_main():
             sizes = {name: _size(self.folder / name) for name in LOGS}
-            about = {"elapsed_seconds": seconds, "chosen": self.chosen}
-            record = {"step": step, **about, **self.identity}
+            record = {"step": step, "elapsed_seconds": seconds, **self.identity}
+            record |= {"chosen": self.chosen} if self.chosen else {}
             self._pending = self._beside.submit(self._publish, temporary, record, sizes)
 
     def wait(self) -> None:

@@ -31,7 +31,7 @@ def start_logging(level: int) -> None:
     logging.basicConfig(level=level, format="%(message)s")
 
 
-def forgive(*streams: TextIO) -> None:
+def forgive(*streams: io.TextIOBase | TextIO) -> None:
     """Makes the terminal's streams put a sign for what they cannot read or write.
 
     A line in another encoding than the terminal's, or a reply that it cannot show, ends nothing.

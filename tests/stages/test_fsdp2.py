@@ -86,7 +86,7 @@ def test_a_resume_point_of_divided_models_is_gone_on_from(whole, tmp_path):
     assert asked.returncode == STOPPED, asked.stderr[-3000:]
     points = [point.name for point in (folder / "sft" / "checkpoints").iterdir()]
     assert points == ["step-1"]
-    with pytest.raises(UserError, match="that divide models. Go on with configs.*fsdp2.yaml"):
+    with pytest.raises(UserError, match="divided by FSDP, and now they are whole. Go on"):
         stages.sft.run(load(stages.sft.Config, words(folder), stage="sft"))
     done = divided(folder, "sft")
     assert done.returncode == 0, done.stderr[-3000:]
