@@ -34,6 +34,9 @@ ON_BOTH = "cuda:nccl,cpu:gloo"
 OFFLOAD = "FSDP_OFFLOAD_PARAMS"
 """Variable by which it says that weights stay in the processor's memory between passes."""
 
+NOT_FLATTENED = "muon needs whole matrices, and DeepSpeed lays them end to end"
+"""Why one optimizer does not go with models that DeepSpeed divides."""
+
 _ends_with: list[int] = []
 """Exit code of a process that is to end without Python's teardown, once it is known."""
 
@@ -124,8 +127,8 @@ def _refuse_flattened(config: StageConfig) -> None:
     """Raises UserError where DeepSpeed would lay matrices end to end that must stay matrices."""
     if by_deepspeed() and getattr(getattr(config, "training", None), "optimizer", "") == "muon":
         raise UserError(
-            "training.optimizer: muon needs whole matrices, and DeepSpeed lays them end to end. "
-            "Set it to adamw, or use configs/accelerate/fsdp2.yaml or ddp.yaml"
+            f"training.optimizer: {NOT_FLATTENED}. Set it to adamw, or use "
+            "configs/accelerate/fsdp2.yaml or ddp.yaml"
         )
 
 

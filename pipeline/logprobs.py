@@ -18,7 +18,6 @@ from pipeline.errors import UserError
 BLOCK = 1 << 18
 """Logits that are worked on at a time: a megabyte in float32."""
 
-
 LARGEST_LOSS = 700.0
 """Nats per token; exp of 710 is no number, and guessing among a million words loses 14."""
 

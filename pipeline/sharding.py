@@ -158,6 +158,11 @@ def is_divided(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def is_in_parts(model: Any) -> bool:
+    """Returns whether every pass through a model is one that all processes must make."""
+    return is_divided(model) or is_partitioned(model)
+
+
 def is_partitioned(model: Any) -> bool:
     """Returns whether DeepSpeed's ZeRO 3 has divided a model: each module gathers its own weights.
 

@@ -150,14 +150,14 @@ def write_samples(
     """Writes sampled replies (temperature 1) to a few validation prompts beside people's."""
     from pipeline.models import load_causal_lm
     from pipeline.ppo.rollout import generate, uniforms
-    from pipeline.sharding import is_divided, is_partitioned
+    from pipeline.sharding import is_in_parts
     from pipeline.tokenizer import decode_response
 
     chosen = [rows[index] for index in evenly_spaced(len(rows), config.samples)]
     if not chosen or not run.is_main:
         return
-    if is_divided(model) or is_partitioned(model):  # this process alone samples, from what was
-        model = load_causal_lm(run.path)  # just written; not on its GPU, which holds a part already
+    if is_in_parts(model):  # this process alone samples, from what was just written; not on its
+        model = load_causal_lm(run.path)  # GPU, which holds a part of the model already
     prompts = [_prompt_of(row) for row in chosen]
     context, longest = context_of(model.config), max(map(len, prompts))
     room = context - longest if context else config.sample_tokens

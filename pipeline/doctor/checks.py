@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.checkpoint import POINT_COPIES
 from pipeline.circumstances import LIBRARIES
 from pipeline.config import require
+from pipeline.distributed import NOT_FLATTENED
 from pipeline.doctor.dividing import asked, refuses, shares_base
 from pipeline.doctor.machine import Machine
 from pipeline.doctor.need import Need
@@ -201,8 +202,8 @@ def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
         elif kind.startswith("zero") and configs[stage].training.optimizer == "muon":
             yield Finding(
                 "wrong",
-                f"{stage}: muon needs whole matrices, and DeepSpeed lays them end to end. Set "
-                f"{stage}.training.optimizer to adamw, or use configs/accelerate/fsdp2.yaml",
+                f"{stage}: {NOT_FLATTENED}. Set {stage}.training.optimizer to adamw, or use "
+                "configs/accelerate/fsdp2.yaml",
             )
     ppo, wanted = configs["ppo"], asked(machine, "ppo", configs)
     if wanted.kind == "fsdp" and ppo.roles == "separate":

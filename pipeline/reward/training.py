@@ -16,7 +16,7 @@ from pipeline.logprobs import wide
 from pipeline.models import head_of, load_with_new_head
 from pipeline.optim import OptimizerKeeper
 from pipeline.reward.loss import comparison_loss
-from pipeline.sharding import call_of, in_one_pass, is_divided, is_partitioned
+from pipeline.sharding import call_of, in_one_pass, is_in_parts
 from pipeline.streams import stream
 
 
@@ -42,7 +42,7 @@ class RankingTrainer(OptimizerKeeper):
         Gradients are averaged over processes afterwards, so each process's sum is multiplied by
         their number.
         """
-        if "chunks" in inputs and (is_divided(model) or is_partitioned(model)):
+        if "chunks" in inputs and is_in_parts(model):
             inputs = inputs | {"chunks": in_step(inputs["chunks"])}
         unwrapped = self.accelerator.unwrap_model(model)
         loss, scores = in_one_pass(model, _summed, call_of(model), inputs, unwrapped)
