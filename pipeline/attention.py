@@ -1,10 +1,11 @@
 """Attention over rows that stand end to end in one, so that nothing is padding.
 
-Transformers takes attention functions by name: a model that is set to `PACKED` works as before, and
+Transformers takes attention functions by name: a model set to one of `PACKED` works as before, and
 where it is told the lengths of rows (`pipeline.sequences.Batch`) each row reads itself alone.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ from transformers.masking_utils import sdpa_mask
 from pipeline.last_layer import only, spare
 from pipeline.sizes import filled_up
 
-PACKED = "packed_rows"
+PRECISIONS = ("fp32", "mixed", "bf16")
+"""Ways to attend under autocast to bfloat16: in float32 to a cache in float32, in float32 to one in
+bfloat16, which is half as large, or in bfloat16."""
+PACKED = {precision: f"packed_rows_{precision}" for precision in PRECISIONS}
+"""Names of the attention functions, by those ways; without autocast they are the same."""
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Names under which configs say that layers do not read all that stands before a token."""
 TOLERANCE = 1e-3
@@ -37,12 +42,16 @@ def packed_attention(
     value: Float[Tensor, "batch kv_head seen width"],
     attention_mask: Tensor | None,
     *,
+    precision: str = "fp32",
     row_lengths: Sequence[int] | None = None,
-    scaling: float | None = None,
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch time head width"], None]:
     """Returns the causal attention of each row to itself, or without lengths what SDPA returns.
+
+    In bfloat16 a processor's fused kernel may be the slower one: it took four times as long
+    backward as float32's (16 rows of 36 to 128 tokens, eight heads of 32: 58 ms against 13, forward
+    and backward). So it attends in float32 unless it is told otherwise.
 
     Args:
         module: the attention layer.
@@ -50,43 +59,45 @@ def packed_attention(
         key: one head for each or for several of the query's.
         value: the same.
         attention_mask: not read where lengths are given.
+        precision: bf16 attends in what autocast computes in, anything else in float32 at least.
         row_lengths: tokens of each row.
-        scaling: what products of queries and keys are multiplied by.
         dropout: probability of dropping one of the weights.
-        options: of SDPA.
+        options: of SDPA, such as scaling.
     """
-    if row_lengths is None:
-        with torch.autocast(query.device.type, enabled=False):
-            parts = (_steady(part) for part in (query, key, value))
-            attended, _ = sdpa_attention_forward(
-                module, *parts, attention_mask, dropout=dropout, scaling=scaling, **options
-            )
-        return attended.to(query.dtype), None
-    groups = query.shape[1] // key.shape[1]
-    parts = (
-        _steady(part).split(list(row_lengths), dim=2)
-        for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    )
+    given = query.dtype
+    narrow = _narrow(given, query.device.type)
+    attends = narrow if precision == "bf16" else _at_least_float32(given)
+    query, key, value = (part.to(attends) for part in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
+        if row_lengths is None:
+            attended, _ = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, **options
+            )
+            return attended.to(given), None
+        groups = query.shape[1] // key.shape[1]
+        parts = (
+            part.split(list(row_lengths), dim=2)
+            for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+        )
+        scale = options.get("scaling")
         rows = [
-            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
             for q, k, v in zip(*parts, strict=True)
         ]
-    return torch.cat(rows, dim=2).transpose(1, 2).contiguous().to(query.dtype), None
+    return torch.cat(rows, dim=2).transpose(1, 2).contiguous().to(given), None
 
 
-def _steady(part: Tensor) -> Tensor:
-    """Returns queries, keys or values in the precision in which attention is fast: never bfloat16.
-
-    A processor's fused kernel takes four times as long backward in bfloat16 as in float32 (16 rows
-    of 36 to 128 tokens, eight heads of 32: 58 ms against 13, forward and backward), and so does a
-    step of decoding (16 rows after 80 tokens: 0.55 ms against 0.13).
-    """
-    return part.float() if part.dtype == torch.bfloat16 else part
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+def _narrow(dtype: torch.dtype, device: str) -> torch.dtype:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+
+
+for _precision, _name in PACKED.items():
+    AttentionInterface.register(_name, partial(packed_attention, precision=_precision))
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 
 def packed_inputs(
@@ -94,7 +105,7 @@ def packed_inputs(
     position_ids: Int[Tensor, "1 time"],
     row_lengths: Sequence[int],
 ) -> dict[str, Any]:
-    """Returns what a model set to `PACKED` is given to read rows that stand end to end.
+    """Returns what a model set to one of `PACKED` is given to read rows that stand end to end.
 
     The mask of four axes keeps Transformers from making one of its own. Where sizes are rounded, a
     row of zeros comes last, and so do states that mean nothing.
@@ -109,18 +120,22 @@ def packed_inputs(
     }
 
 
-def pack(model: PreTrainedModel) -> bool:
+def pack(model: PreTrainedModel, *, precision: str = "fp32") -> bool:
     """Returns whether a model reads rows end to end, once it is set to do so if it can.
 
     It can where its layers take their attention by name, read all that stands before a token and
     nothing else, and on trial read two rows so as they read each alone. Then its last layer is set
     to read only what is wanted of it too, if that passes the same trial. On other devices than
     processors rows stay apart: there kernels of their own do this.
+
+    Args:
+        model: causal LM or classifier.
+        precision: one of PRECISIONS, how it attends under autocast to bfloat16.
     """
     if model.device.type != "cpu" or not may_pack(model):
         return is_packed(model)
     before = attention_of(model.config)
-    model.set_attn_implementation(PACKED)
+    model.set_attn_implementation(PACKED[precision])
     if is_packed(model) and _reads_rows_apart(model):
         hooks = spare(model.base_model)
         if hooks and not _reads_rows_apart(model, places=(2, 3, 8, 11)):
@@ -141,7 +156,22 @@ def may_pack(model: PreTrainedModel) -> bool:
 
 def is_packed(model: Any) -> bool:
     """Returns whether `pack` has set a model, or a role that reads through one, to packed rows."""
-    return attention_of(model.config) == PACKED
+    return attention_of(model.config) in PACKED.values()
+
+
+def kept_in(attention: str, states: Tensor) -> torch.dtype:
+    """Returns in what a cache keeps keys or values, so that it need not convert all at every token.
+
+    Rotated keys are float32 under autocast where a model's states are, values bfloat16.
+
+    Args:
+        attention: name of what reads them, as `attention_of` says.
+        states: keys or values as the layers make them.
+    """
+    if attention == PACKED["fp32"]:
+        return _at_least_float32(states.dtype)
+    packed = attention in PACKED.values()
+    return _narrow(states.dtype, states.device.type) if packed else states.dtype
 
 
 def attention_of(config: PreTrainedConfig) -> str:

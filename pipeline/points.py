@@ -43,7 +43,7 @@ RECORD = mapping(
         "files": FILES,
         "config?": holds(is_object),
         "parents?": holds(is_object),
-        "chosen?": mapping({"precision?": holds(is_text)}),
+        "chosen?": mapping({"precision?": holds(is_text), "attention?": holds(is_text)}),
     }
 )
 """What is read of a point of any version."""
@@ -64,7 +64,7 @@ class Points:
         identity: what a point must have been made with: `key`, the digest of configuration and
             parents, and both of them in plain text.
         keep: how many points stay.
-        chosen: what was left to the machine and is kept to, as precision.
+        chosen: what was left to the machine and is kept to, as the precision.
     """
 
     stage: str

@@ -13,7 +13,7 @@ Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from pipeline.ppo.guard import Guard, Watch
 from pipeline.ppo.keep import keep_rollout
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.sources import Loader, open_source, outside_sources
-from pipeline.ppo.wanted import SHARDING, Wanted, check_roles, check_sharding
+from pipeline.ppo.wanted import ATTENTION, SHARDING, Wanted, check_roles, check_sharding
 from pipeline.progress import progress
 from pipeline.saving import Saving, TrainingConfig
 from pipeline.stopping import keep_pace
@@ -68,6 +68,10 @@ class Config(TrainingConfig):
     """Divides the logits, in sampling and in every log-probability."""
     precision: str = "fp32"
     """fp32, bf16 (autocast), or auto: bf16 where the processor computes it natively."""
+    attention: str = "auto"
+    """Precision of attention and of the cache that decoding reads, where a processor computes in
+    bf16: fp32, mixed (attends in fp32 to a cache in bf16), bf16, or auto: the fastest in a
+    measurement when the stage begins."""
     workers: int = 0
     """Passes of a process side by side, which share its threads; 0: two on a processor with two
     threads or more. On a GPU and with divided weights always one. It changes rounding only."""
@@ -134,7 +138,8 @@ class Config(TrainingConfig):
             updates=self.updates,
         )
         check_engine(self.engine, lora=self.lora)
-        for name, choices in {"sharding": SHARDING, "precision": PRECISIONS}.items():
+        choices_of = {"sharding": SHARDING, "precision": PRECISIONS, "attention": ATTENTION}
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             require(value in choices, f"{name}: must be one of {', '.join(choices)}, got {value!r}")
 
@@ -157,6 +162,7 @@ class Config(TrainingConfig):
             longest=self.longest,
             sharding=sharding_of(self.sharding),
             precision=choose_precision(self.precision),
+            attention="fp32" if self.attention == "auto" else self.attention,
             recomputes=self.activation_checkpointing,
         )
 
@@ -275,6 +281,29 @@ def build_trainer(
     return trainer, validation, counts
 
 
+def with_attention(config: Config, stage: StageRun, *, sft: Path) -> Config:
+    """Returns the configuration with the attention that is fastest for the SFT model here."""
+    import torch
+    from transformers import AutoConfig
+
+    from pipeline.parallel import choose_workers
+    from pipeline.ppo.fast_attention import fastest_attention
+    from pipeline.pretrained import from_pretrained
+
+    workers = choose_workers(config.workers, torch.device("cpu"))
+
+    def measured() -> str:
+        return fastest_attention(
+            from_pretrained(AutoConfig, sft, weights=False),
+            prompt=config.max_prompt_tokens,
+            response=config.max_response_tokens,
+            passes=config.optimisation.epochs,
+            threads=max(1, torch.get_num_threads() // workers),
+        )
+
+    return replace(config, attention=stage.choose("attention", config.attention, measured))
+
+
 def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "Validation") -> None:
     """Runs the updates that are left, with validation and resume points on the way."""
     stage.require_space(trainer.moved_bytes, trainer.moved_bytes)
@@ -368,6 +397,8 @@ def run(config: Config) -> None:
     check_engine_is_there(config.engine)
     with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
         config = stage.resolved(config)
+        if config.precision == "bf16" and accelerator.device.type == "cpu":
+            config = with_attention(config, stage, sft=parents["sft"].path)
         trainer, validation, counts = build_trainer(config, parents, accelerator=accelerator)
         train(config, stage, trainer, validation)
         write_models(stage, trainer, sft=parents["sft"])

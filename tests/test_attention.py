@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.attention import PACKED, attention_of, is_packed, pack, packed_attention
+from pipeline.attention import PRECISIONS, attention_of, is_packed, pack, packed_attention
 from pipeline.sequences import collate, response_states, response_tokens, token_logprobs
 from tests.support import assert_close, tiny_llama
 
@@ -90,6 +91,28 @@ def test_bfloat16_is_attended_to_in_float32():
     assert torch.equal(padded, whole.bfloat16())
 
 
+def test_bfloat16_is_attended_to_as_it_is_where_told_so():
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 2, 9, 8).bfloat16() for _ in range(3)]
+    found, _ = packed_attention(
+        torch.nn.Identity(), *parts, None, precision="bf16", row_lengths=(9,)
+    )
+    plain = scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2)
+    assert torch.equal(found, plain)
+    wide, _ = packed_attention(torch.nn.Identity(), *parts, None, row_lengths=(9,))
+    assert not torch.equal(found, wide)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_without_autocast_all_ways_to_attend_are_one(precision):
+    batch = collate(PROMPTS, RESPONSES, pad_id=0, packed=True)
+    models = [tiny_llama(), tiny_llama()]
+    assert pack(models[0])
+    assert pack(models[1], precision=precision)
+    first, other = (response_states(model, batch) for model in models)
+    assert torch.equal(first, other)
+
+
 def test_packed_batches_by_hand():
     batch = collate([[5, 6], [7]], [[8], [9, 1]], pad_id=0, packed=True)
     assert batch.input_ids.tolist() == [[5, 6, 8, 7, 9, 1]]
@@ -103,6 +126,6 @@ def test_packing_leaves_no_trace_on_disk(tmp_path):
     model = tiny_llama()
     assert pack(model)
     model.save_pretrained(tmp_path)
-    assert PACKED not in (tmp_path / "config.json").read_text()
+    assert "packed" not in (tmp_path / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert attention_of(again.config) == "sdpa"

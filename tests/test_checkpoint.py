@@ -232,12 +232,21 @@ def test_precision_is_chosen_once_and_kept_to_on_another_machine(monkeypatch, ca
     with pytest.raises(Killed):
         chosen("bf16", stop=True)
     assert chosen("fp32", stop=False) == "bf16"
-    assert "sft: goes on in bf16, as it began; here it is fp32" in caplog.messages
+    assert "sft: goes on with precision bf16, as it began; here it would be fp32" in caplog.messages
     artifact = open_artifact(Path("runs/cpu/sft"), kind="x")
     assert artifact.content["chosen"] == {"precision": "bf16"}
     assert artifact.config["training"]["precision"] == "auto"
     assert chosen("fp32", stop=False, force=True) == "fp32"  # begins anew
     assert chosen("fp32", stop=False, wanted="bf16", run="named") == "bf16"
+
+
+def test_a_setting_that_is_given_is_not_measured():
+    settings = StageConfig(tracking="none")
+    with begin(settings, stage="sft", kind="x", parents={}) as run:
+        assert run.choose("attention", "bf16", lambda: pytest.fail("measured")) == "bf16"
+        assert run.choose("precision", "auto", lambda: "fp32") == "fp32"
+        assert run.points.chosen == {"attention": "bf16", "precision": "fp32"}
+        run.finish("done", chosen=run.points.chosen, summary={}, card="")
 
 
 def test_only_the_last_points_are_kept():

@@ -72,7 +72,7 @@ class Blueprint:
     def reader(self, model: Any) -> Any:
         """Returns a model without contents, with the attention by which ppo and evaluate read."""
         if self.packs and may_pack(model):  # as `pack` does, but for its trial on real numbers
-            model.set_attn_implementation(PACKED)
+            model.set_attn_implementation(PACKED["fp32"])
             spare(model.base_model)
         return hollow(model)
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from pipeline.attention import attention_of
 from pipeline.doctor.blueprint import Blueprint, roles_of
 from pipeline.doctor.ledger import Ledger, hollow
 from pipeline.doctor.seen import Rehearsal, Stage
@@ -254,7 +255,7 @@ def _next_token(policy: Any, replies: Replies, *, seen: int) -> Callable[[], Any
     rows, total = replies.rows, replies.prompt + replies.response
     ids, mask = torch.full((rows, 1), WORD), torch.ones(rows, seen, dtype=torch.long)
     cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    make_room(cache, positions=total - 1)
+    make_room(cache, positions=total - 1, attention=attention_of(policy.config))
     for layer in cache.layers:
         _, heads, _, width = layer.keys.shape
         states = layer.keys.new_empty(rows, heads, seen - 2, width)

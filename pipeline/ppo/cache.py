@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from pipeline.attention import kept_in
+
 States = Float[Tensor, "row head _ _"]
 
 
-def make_room(cache: Any, *, positions: int) -> None:
+def make_room(cache: Any, *, positions: int, attention: str = "sdpa") -> None:
     """Gives every growing attention layer of a cache room for more positions.
 
     Layers of another kind (sliding windows, recurrent states) stay as they are.
@@ -17,20 +20,24 @@ def make_room(cache: Any, *, positions: int) -> None:
     Args:
         cache: what a model returned after reading the prompts.
         positions: how many more each layer is to hold.
+        attention: name of what reads it, which decides in what precision it keeps them.
     """
     layers = getattr(cache, "layers", [])
     for index, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
-            layers[index] = RoomyLayer(layer, positions=positions)
+            layers[index] = RoomyLayer(layer, positions=positions, attention=attention)
 
 
 class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the filled part of larger tensors."""
 
-    def __init__(self, layer: DynamicLayer, *, positions: int) -> None:
+    def __init__(self, layer: DynamicLayer, *, positions: int, attention: str) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self.rooms = [_with_room(part, positions) for part in (layer.keys, layer.values)]
+        self.rooms = [
+            _with_room(part, positions, kept_in(attention, part))
+            for part in (layer.keys, layer.values)
+        ]
         self._fill(layer.get_seq_length())
 
     def update(
@@ -54,8 +61,8 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :length] for room in self.rooms)
 
 
-def _with_room(states: States, positions: int) -> States:
+def _with_room(states: States, positions: int, dtype: torch.dtype) -> States:
     rows, heads, length, width = states.shape
-    room = states.new_empty(rows, heads, length + positions, width)
+    room = states.new_empty(rows, heads, length + positions, width, dtype=dtype)
     room[:, :, :length] = states
     return room

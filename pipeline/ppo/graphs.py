@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from pipeline.attention import PACKED, attention_of
+from pipeline.attention import attention_of, is_packed
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def can_keep_one_shape(model: Any, cache: Any) -> bool:
     beforehand is read as it is by scaled_dot_product_attention alone.
     """
     layers = getattr(cache, "layers", [])
-    attends = attention_of(model.config) in ("sdpa", PACKED)
+    attends = is_packed(model) or attention_of(model.config) == "sdpa"
     return bool(layers) and attends and all(type(layer) is DynamicLayer for layer in layers)
 
 

@@ -38,8 +38,15 @@ def load_roles(
     elif path is None:
         raise UserError("roles: lora needs the stage reward among reward.sources")
     else:
-        lora, seed, critic = wanted.lora, wanted.seed, wanted.critic
-        roles = share_base(sft.path, path, lora=lora, seed=seed, device=device, critic=critic)
+        roles = share_base(
+            sft.path,
+            path,
+            lora=wanted.lora,
+            seed=wanted.seed,
+            device=device,
+            critic=wanted.critic,
+            attention=wanted.attention,
+        )
         if wanted.recomputes:
             recompute(roles.policy.base.model)
     longest, model_config = wanted.longest, roles.policy.config
@@ -91,7 +98,7 @@ def placed(model: Any, *, wanted: Wanted, device: torch.device) -> Any:
     if wanted.sharding == "none":
         model.to(device)
     if device.type == "cpu":
-        pack(model)
+        pack(model, precision=wanted.attention)
     if wanted.sharding == "none":
         return model
     offload = wanted.sharding == "fsdp2_offload"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.attention import attention_of
 from pipeline.logprobs import wide
 from pipeline.models import by_length
 from pipeline.narrow import narrowed
@@ -208,7 +209,8 @@ class _Decoding:
     def _make_room(self, positions: int) -> None:
         """Prepares the cache for what is still to come."""
         if not (prefers_one_shape(self.model) and can_keep_one_shape(self.model, self.cache)):
-            make_room(self.cache, positions=positions)
+            attention = attention_of(self.model.config)
+            make_room(self.cache, positions=positions, attention=attention)
             return
         self.steps = StaticSteps(
             self.model,

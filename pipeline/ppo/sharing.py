@@ -94,10 +94,10 @@ class SharedBase:
         peft: peft's wrapper of it.
     """
 
-    def __init__(self, folder: Path, *, lora: LoRA, device: Any) -> None:
+    def __init__(self, folder: Path, *, lora: LoRA, device: Any, attention: str = "fp32") -> None:
         self.folder = folder
         self.model = load_causal_lm(folder, quantisation=quantisation(lora.quantise)).to(device)
-        pack(self.model)
+        pack(self.model, precision=attention)
         with quiet_about_old_names():
             config = adapter_config(lora, self.model, task="CAUSAL_LM")
             self.peft = get_peft_model(self.model, config, adapter_name="policy")
@@ -267,7 +267,14 @@ def whole_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def share_base(
-    sft: Path, reward: Path, *, lora: LoRA, seed: int, device: Any, critic: bool
+    sft: Path,
+    reward: Path,
+    *,
+    lora: LoRA,
+    seed: int,
+    device: Any,
+    critic: bool,
+    attention: str = "fp32",
 ) -> Roles:
     """Returns the roles on one frozen base, the SFT model.
 
@@ -282,6 +289,7 @@ def share_base(
         seed: of its first weights.
         device: where the base goes.
         critic: whether there is a value model.
+        attention: how it attends under autocast, of `pipeline.attention.PRECISIONS`.
 
     Raises:
         UserError: the reward model was trained without adapters.
@@ -292,7 +300,7 @@ def share_base(
         "make reward again, or set roles to separate",
     )
     torch.manual_seed(stream(seed, "adapter"))
-    base = SharedBase(sft, lora=lora, device=device)
+    base = SharedBase(sft, lora=lora, device=device, attention=attention)
     value = AdaptedScorer(base, adapter="value", source=reward, moves=True) if critic else None
     return Roles(
         policy=AdaptedPolicy(base, adapter="policy"),

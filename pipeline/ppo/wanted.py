@@ -8,6 +8,7 @@ from pipeline.ppo.settings import KL, Advantage, Optimisation
 
 ROLES = ("separate", "trunk", "lora")
 SHARDING = ("auto", "none", "fsdp2", "fsdp2_offload")
+ATTENTION = ("auto", "fp32", "mixed", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Wanted:
         longest: most tokens of a prompt and its response together.
         sharding: none, fsdp2 or fsdp2_offload.
         precision: fp32 or bf16, in which divided weights are read.
+        attention: how they attend under autocast, of `pipeline.attention.PRECISIONS`.
         recomputes: whether the layers of what is trained are computed again in backward passes.
     """
 
@@ -34,6 +36,7 @@ class Wanted:
     longest: int
     sharding: str = "none"
     precision: str = "fp32"
+    attention: str = "fp32"
     recomputes: bool = False
 
 

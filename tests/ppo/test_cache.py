@@ -1,8 +1,10 @@
 """The cache with room holds what the library's own holds, and copies nothing to do so."""
 
+import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from pipeline.attention import PACKED, PRECISIONS, kept_in
 from pipeline.ppo.cache import RoomyLayer, make_room
 
 
@@ -42,6 +44,24 @@ def test_a_step_copies_nothing_that_was_there():
     before = [part.data_ptr() for part in (roomy.layers[0].keys, roomy.layers[0].values)]
     after = roomy.update(states(positions=1, seed=2), states(positions=1, seed=3), 0)
     assert [part.data_ptr() for part in after] == before
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", [*PRECISIONS, None])
+def test_what_keys_and_values_are_kept_in(given, precision):
+    name = PACKED[precision] if precision else "sdpa"
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = DynamicCache()
+        cache.update(*[states(positions=5, seed=seed).to(given) for seed in (0, 1)], 0)
+        make_room(cache, positions=2, attention=name)
+        new = states(positions=1, seed=2).to(given)
+        keys, values = cache.update(new, new, 0)
+    wide = torch.promote_types(given, torch.float32)
+    wanted = {None: given, "fp32": wide}.get(precision, torch.bfloat16)
+    assert keys.dtype == values.dtype == wanted
+    assert torch.equal(keys[:, :, 5:], new.to(wanted))
+    assert torch.equal(keys[:, :, :5], states(positions=5, seed=0).to(given).to(wanted))
+    assert kept_in(PACKED["bf16"], new) == given  # without autocast nothing is narrowed
 
 
 def test_layers_of_another_kind_stay():

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import attention
 from pipeline.architecture import Architecture
 from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
-from pipeline.ppo import inputs
+from pipeline.ppo import fast_attention, inputs
 from pipeline.ppo.loading import load_roles
 from pipeline.ppo.optimiser import Optimiser
 from pipeline.ppo.trainer import PPOTrainer
@@ -169,6 +170,31 @@ def test_a_signal_stops_after_the_optimizer_step(finished, run_folder, monkeypat
     assert open_artifact(run_folder / "ppo", kind="causal-lm").content["files"] == expected
 
 
+def test_attention_is_measured_once_and_kept_to(run_folder, tmp_path, monkeypatch, caplog):
+    for stage in ("data", "tokenizer", "sft", "reward"):
+        shutil.copytree(run_folder / stage, tmp_path / stage)
+    attends, pack = [], attention.pack
+
+    def packed(model, *, precision):
+        attends.append(precision)
+        return pack(model, precision=precision)
+
+    def measured(kind):
+        monkeypatch.setattr(fast_attention, "fastest_attention", lambda *_, **__: kind)
+
+    monkeypatch.setattr(attention, "pack", packed)
+    arguments = words(tmp_path, "--precision=bf16")
+    measured("mixed")
+    assert ppo.main([*arguments, "--saving.deadline=1"]) == STOPPED
+    measured("bf16")
+    with caplog.at_level("INFO"):
+        assert ppo.main(arguments) == 0
+    assert "goes on with attention mixed, as it began; here it would be bf16" in caplog.text
+    assert set(attends) == {"mixed"}
+    chosen = open_artifact(tmp_path / "ppo", kind="causal-lm").content["chosen"]
+    assert (chosen["precision"], chosen["attention"]) == ("bf16", "mixed")
+
+
 OPTIONS = {
     "rloo": ["--advantage.estimator=rloo", "--advantage.responses_per_prompt=4"],
     "grpo": [
@@ -315,6 +341,7 @@ def test_text_of_less_than_a_row_stops_ppo_ptx_alone_and_before_models_load(
         ("--keep_rollout_every=-1", "keep_rollout_every: must be at least 0, got -1"),
         ("--max_response_tokens=60", "92 exceeds the model's context 64"),
         ("--max_prompt_tokens=1", "none of the .* train prompts has at most 1 tokens"),
+        ("--attention=half", "attention: must be one of auto, fp32, mixed, bf16, got 'half'"),
         ("--precision=half", "precision: must be one of auto, bf16, fp32, got 'half'"),
         ("--kl.coef=-1", "kl.coef: must be at least 0"),
         ("--kl.controller=pid", "kl.controller: must be fixed or adaptive, got 'pid'"),

@@ -1,0 +1,115 @@
+"""Which attention is the fastest on this processor under autocast to bfloat16, by measurement."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from pipeline.attention import PACKED, PRECISIONS, packed_attention
+from pipeline.ppo.cache import make_room
+
+TOKENS = 2048
+MOST_ROWS = 16
+"""Tokens that are read, of at most so many rows."""
+STEPS = 16
+"""Tokens that are decoded for the measurement, after half of a response."""
+TURNS = 3
+CLEARLY = 0.9
+"""Share of the first one's time within which another must stay to be chosen: less is noise."""
+
+
+def fastest_attention(config: Any, *, prompt: int, response: int, passes: int, threads: int) -> str:
+    """Returns one of PRECISIONS, the first unless another is clearly faster.
+
+    Each reads the rows of a few responses forward and backward, and decodes them, in one layer of
+    random numbers, in turn; of the turns the fastest counts.
+
+    Args:
+        config: Transformers' configuration of the policy.
+        prompt: most tokens of a prompt.
+        response: most tokens of a response.
+        passes: forward and backward over each row for one time that it is decoded.
+        threads: of a pass.
+    """
+    layer = _Layer(config)
+    length = prompt + max(1, response // 2)
+    rows = max(1, min(MOST_ROWS, TOKENS // length))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    read = _seconds(layer.reading(rows, length), ("fp32", "bf16"))
+    decoded = _seconds(layer.decoding(rows, length), PRECISIONS)
+    torch.set_num_threads(before)
+    read["mixed"] = read["fp32"]
+    steps = response / STEPS
+    total = {name: passes * read[name] + steps * decoded[name] for name in PRECISIONS}
+    first, fastest = PRECISIONS[0], min(total, key=lambda name: total[name])
+    return fastest if total[fastest] < CLEARLY * total[first] else first
+
+
+def _seconds(work: Callable[[str], None], names: Sequence[str]) -> dict[str, float]:
+    """Returns what work takes at best by each of its ways, in turn."""
+    taken = dict.fromkeys(names, math.inf)
+    for turn, name in product(range(TURNS + 1), names):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            work(name)
+        seconds = time.perf_counter() - start
+        if turn > 0:  # the first one warms up
+            taken[name] = min(taken[name], seconds)
+    return taken
+
+
+class _Layer(nn.Module):
+    """What an attention layer of a model hands to its attention, in random numbers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        text = config.get_text_config()
+        self.heads = text.num_attention_heads
+        self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
+        self.width = getattr(text, "head_dim", None) or text.hidden_size // self.heads
+        self.num_key_value_groups = self.heads // self.kv_heads
+
+    def states(self, rows: int, length: int, *, trained: bool = False) -> tuple[torch.Tensor, ...]:
+        """Returns queries and keys in float32, as rotation leaves them, and values in bfloat16."""
+        kinds = (self.heads, torch.float32), (self.kv_heads, torch.float32)
+        return tuple(
+            torch.randn(rows, heads, length, self.width, dtype=dtype, requires_grad=trained)
+            for heads, dtype in (*kinds, (self.kv_heads, torch.bfloat16))
+        )
+
+    def reading(self, rows: int, length: int) -> Callable[[str], None]:
+        """Returns what reads rows end to end, forward and backward."""
+        query, key, value = self.states(1, rows * length, trained=True)
+
+        def work(precision: str) -> None:
+            with torch.enable_grad():
+                found, _ = packed_attention(
+                    self, query, key, value, None, precision=precision, row_lengths=rows * [length]
+                )
+                torch.autograd.grad(found, (query, key, value), found.detach())
+
+        return work
+
+    @torch.no_grad()
+    def decoding(self, rows: int, length: int) -> Callable[[str], None]:
+        """Returns what decodes a few tokens of every row."""
+        _, *read = self.states(rows, length)
+        query, *new = self.states(rows, 1)
+
+        @torch.no_grad()
+        def work(precision: str) -> None:
+            cache = DynamicCache()
+            cache.update(*read, 0)
+            make_room(cache, positions=STEPS, attention=PACKED[precision])
+            for step in range(STEPS):
+                keys, values = cache.update(*new, 0)
+                mask = torch.ones(rows, 1, 1, length + step + 1, dtype=torch.bool)
+                packed_attention(self, query, keys, values, mask, precision=precision)
+
+        return work
