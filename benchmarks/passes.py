@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.versus_trl.ours import Replaying, build
 from benchmarks.versus_trl.workload import WORKLOADS, write
 from pipeline import sequences
+from pipeline.attention import PACKED
 from pipeline.ppo import rollout
 from pipeline.ppo.passes import Job, Lesson, Microbatch, precision_context
 from pipeline.ppo.rollout import Sampled, generate, uniforms
@@ -108,13 +109,14 @@ def training(trainer: Replaying, kind: str, *, microbatch: int) -> dict[str, Cal
 
 
 def decoding(trainer: Replaying, precision: str) -> dict[str, Callable[[], Any]]:
-    """Returns generations by a frozen model, as below adapters: as it is, and cast at every step.
+    """Returns generations by a frozen model, as below adapters: as it is, and without its savings.
 
     Weights that are trained autocast would keep by itself, a copy in each thread.
     """
     numbers = uniforms(0, update=0, rows=range(RESPONSES), positions=64)
 
-    def run() -> None:
+    def run(attention: str = "fp32") -> None:
+        trainer.roles.reference.set_attn_implementation(PACKED[attention])
         with precision_context(precision, torch.device("cpu")):
             generate(
                 trainer.roles.reference, trainer.prompts[:RESPONSES], uniforms=numbers,
@@ -125,7 +127,11 @@ def decoding(trainer: Replaying, precision: str) -> dict[str, Callable[[], Any]]
         with mock.patch.object(rollout, "narrowed", nothing):
             run()
 
-    return {"now": run, "cast every step": cast}
+    others = {
+        "cache in bf16": lambda: run("mixed"),
+        "attention in bf16": lambda: run("bf16"),
+    }
+    return {"now": run, "cast every step": cast, **others}
 
 
 def shares(run: Callable[[], Any]) -> str:
@@ -153,7 +159,10 @@ def main() -> None:
                 cells = timed(training(trainer, kind, microbatch=microbatch))
                 sys.stdout.write(f"| {precision} {kind} | {microbatch} | {cells} |\n")
                 sys.stdout.flush()
-    sys.stdout.write("\n| decoding in bf16 | now | cast every step |\n|---|---|---|\n")
+    sys.stdout.write(
+        "\n| decoding in bf16 | now | cast every step | cache in bf16 | attention in bf16 |\n"
+        "|---|---|---|---|---|\n"
+    )
     for name, trainer in (("S", trainers["bf16"]), ("M", trainer_of("M", "bf16"))):
         sys.stdout.write(f"| {name} | {timed(decoding(trainer, 'bf16'))} |\n")
     sys.stdout.write("\n| share | products | attention | all else |\n|---|---|---|---|\n")

@@ -100,6 +100,13 @@ for _precision, _name in PACKED.items():
     AttentionMaskInterface.register(_name, sdpa_mask)
 
 
+def leave_uncompiled() -> None:
+    """Keeps torch.compile out of these functions: it would compile every set of lengths anew."""
+    for name in PACKED.values():
+        function = torch.compiler.disable(AttentionInterface()[name])
+        AttentionInterface.register(name, function)
+
+
 def packed_inputs(
     input_ids: Int[Tensor, "1 time"],
     position_ids: Int[Tensor, "1 time"],

@@ -138,6 +138,11 @@ class Config(TrainingConfig):
             updates=self.updates,
         )
         check_engine(self.engine, lora=self.lora)
+        require(
+            not (self.optimisation.compile and self.activation_checkpointing),
+            "optimisation.compile: layers that activation_checkpointing computes again would be "
+            "compiled at every pass; set one of them to false",
+        )
         choices_of = {"sharding": SHARDING, "precision": PRECISIONS, "attention": ATTENTION}
         for name, choices in choices_of.items():
             value = getattr(self, name)
@@ -392,6 +397,7 @@ def run(config: Config) -> None:
         engine=config.engine.name,
         num_processes=world_size(),
         on_gpu=accelerator.device.type != "cpu",
+        compiles=config.optimisation.compile,
     )
     parents = open_parents(config)
     check_engine_is_there(config.engine)

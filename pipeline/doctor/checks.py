@@ -213,6 +213,7 @@ def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
             engine=ppo.engine.name,
             num_processes=machine.processes,
             on_gpu=machine.is_gpu,
+            compiles=ppo.optimisation.compile,
         )
 
 

@@ -179,7 +179,7 @@ class Planner:
             precision=self.precision(config.precision),
             workers=1,
             engine=Engine(),  # what else samples is not of this process
-            optimisation=replace(config.optimisation, epochs=1, critic_warmup=0),
+            optimisation=replace(config.optimisation, epochs=1, critic_warmup=0, compile=False),
             advantage=replace(config.advantage, responses_per_prompt=1)
             if config.advantage.needs_value_model
             else config.advantage,

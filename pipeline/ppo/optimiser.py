@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.ppo.checks import FIRST_KL_TOLERANCE, check_norms, check_step
+from pipeline.ppo.compiled import CompiledCrew
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.metrics import step_metrics
 from pipeline.ppo.order import permutation, rows_in_turn
@@ -52,7 +53,7 @@ class Optimiser:
             self.models["value"] = roles.value
         self.moving = list(self.models)
         self.kinds = ["trunk"] if roles.one_trunk else list(self.models)
-        self.crew = Crew(roles, settings)
+        self.crew = (CompiledCrew if rates.compile else Crew)(roles, settings)
         self.rates = {"policy": rates.learning_rate, "value": rates.value_learning_rate}
         self.optimizers = {
             name: _adamw(model, self.rates[name]) for name, model in self.models.items()

@@ -82,7 +82,13 @@ def check_roles(
 
 
 def check_sharding(
-    sharding: str, *, roles: str, engine: str, num_processes: int, on_gpu: bool
+    sharding: str,
+    *,
+    roles: str,
+    engine: str,
+    num_processes: int,
+    on_gpu: bool,
+    compiles: bool = False,
 ) -> None:
     """Raises UserError when models cannot be divided over the processes as they are set.
 
@@ -92,6 +98,7 @@ def check_sharding(
         engine: what samples the responses.
         num_processes: how many there are.
         on_gpu: whether the models compute on GPUs.
+        compiles: whether layers go through torch.compile.
     """
     require(
         sharding == "none" or num_processes > 1,
@@ -106,6 +113,11 @@ def check_sharding(
         sharding == "none" or engine == "native",
         f"engine.name: {engine} takes whole weights, and sharding {sharding} divides them. Set it "
         "to native, or keep whole models (configs/accelerate/ddp.yaml)",
+    )
+    require(
+        sharding == "none" or not compiles,
+        f"optimisation.compile: takes whole layers, and sharding {sharding} divides them. Set it "
+        "to false, or keep whole models (configs/accelerate/ddp.yaml)",
     )
     require(
         sharding != "fsdp2_offload" or on_gpu,

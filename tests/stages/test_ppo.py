@@ -171,8 +171,7 @@ def test_a_signal_stops_after_the_optimizer_step(finished, run_folder, monkeypat
 
 
 def test_attention_is_measured_once_and_kept_to(run_folder, tmp_path, monkeypatch, caplog):
-    for stage in ("data", "tokenizer", "sft", "reward"):
-        shutil.copytree(run_folder / stage, tmp_path / stage)
+    copy_parents(run_folder, tmp_path)
     attends, pack = [], attention.pack
 
     def packed(model, *, precision):
@@ -341,6 +340,10 @@ def test_text_of_less_than_a_row_stops_ppo_ptx_alone_and_before_models_load(
         ("--keep_rollout_every=-1", "keep_rollout_every: must be at least 0, got -1"),
         ("--max_response_tokens=60", "92 exceeds the model's context 64"),
         ("--max_prompt_tokens=1", "none of the .* train prompts has at most 1 tokens"),
+        (
+            "--optimisation.compile=true --activation_checkpointing=true",
+            "optimisation.compile: layers that activation_checkpointing computes again would be",
+        ),
         ("--attention=half", "attention: must be one of auto, fp32, mixed, bf16, got 'half'"),
         ("--precision=half", "precision: must be one of auto, bf16, fp32, got 'half'"),
         ("--kl.coef=-1", "kl.coef: must be at least 0"),

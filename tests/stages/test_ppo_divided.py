@@ -103,6 +103,13 @@ def test_weights_are_offloaded_from_gpus_only():
     check_sharding("fsdp2_offload", roles="separate", engine="native", num_processes=2, on_gpu=True)
 
 
+def test_divided_layers_are_not_compiled():
+    named = {"roles": "separate", "engine": "native", "num_processes": 2, "on_gpu": True}
+    with pytest.raises(UserError, match="compile: takes whole layers, and sharding fsdp2 divides"):
+        check_sharding("fsdp2", **named, compiles=True)
+    check_sharding("none", **named, compiles=True)
+
+
 def test_only_the_native_engine_samples_by_divided_weights():
     with pytest.raises(UserError, match="engine.name: vllm_server takes whole weights, and shard"):
         check_sharding(
