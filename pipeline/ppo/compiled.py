@@ -47,6 +47,7 @@ class CompiledCrew(Crew):
         leave_uncompiled()
         layers = dict.fromkeys(layer for worker in self.workers for layer in _layers(worker.roles))
         self.forwards = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}
+        self.steps = settings.updates * settings.steps_per_update
         self.tried = False
 
     def backward(self, jobs: Sequence[Job]) -> list[dict[str, float]]:
@@ -86,15 +87,19 @@ class CompiledCrew(Crew):
         first = seconds(self.backward)
         fast = min(seconds(self.backward) for _ in range(TRIALS))
         if distributed.is_main():
-            log.info("ppo: %s", break_even(first - fast, plain=plain, fast=fast))
+            log.info("ppo: %s", break_even(first - fast, plain=plain, fast=fast, steps=self.steps))
 
 
-def break_even(compiling: float, *, plain: float, fast: float) -> str:
-    """Returns in words when the seconds of compiling have paid, by those of a step."""
+def break_even(compiling: float, *, plain: float, fast: float, steps: int) -> str:
+    """Returns in words when the seconds of compiling have paid, by those of one of the steps."""
     told = f"compiled in {compiling:.0f} s; a step takes {fast:.3g} s instead of {plain:.3g}"
+    mend = "set optimisation.compile to false"
     if fast >= plain:
-        return f"{told}: it never pays here, set optimisation.compile to false"
-    return f"{told}: it has paid after {math.ceil(compiling / (plain - fast)):,} steps"
+        return f"{told}: it never pays here, {mend}"
+    needed = math.ceil(compiling / (plain - fast))
+    if needed > steps:
+        return f"{told}: it pays after {needed:,} steps, and there are {steps:,}; {mend}"
+    return f"{told}: it has paid after {needed:,} of {steps:,} steps"
 
 
 def _layers(roles: Roles) -> list[nn.Module]:

@@ -42,12 +42,18 @@ def test_compiled_layers_learn_what_others_do(caplog):
     assert len(told) == 1
 
 
-def test_when_compiling_has_paid():
-    told = "compiled in 30 s; a step takes 0.4 s instead of 0.5: it has paid after 300 steps"
-    assert break_even(29.99, plain=0.5, fast=0.4) == told
-    assert "it never pays here, set optimisation.compile to false" in break_even(
-        30.0, plain=0.4, fast=0.4
-    )
+@pytest.mark.parametrize(
+    ("seconds", "steps", "told"),
+    [
+        ((0.5, 0.4), 400, "it has paid after 300 of 400 steps"),
+        ((0.5, 0.4), 200, "it pays after 300 steps, and there are 200; set optimisation.compile"),
+        ((0.4, 0.4), 400, "it never pays here, set optimisation.compile to false"),
+    ],
+)
+def test_when_compiling_has_paid(seconds, steps, told):
+    plain, fast = seconds
+    line = break_even(29.99, plain=plain, fast=fast, steps=steps)
+    assert line.startswith(f"compiled in 30 s; a step takes 0.4 s instead of {plain}: {told}")
 
 
 def test_a_processor_without_a_compiler_is_told_in_one_line(monkeypatch):
