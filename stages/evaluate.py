@@ -48,6 +48,9 @@ PARENTS = {
 }
 
 
+POLICIES = ("auto", "last", "best")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BestOf:
     """Best-of-n of the SFT model by the reward model, the control of PPO."""
@@ -109,6 +112,9 @@ class Config(StageConfig):
     """Resamples of conversations behind every 95% interval."""
     text_rows: int = 128
     """Rows of held-out text on which the alignment tax is measured."""
+    policy: str = "auto"
+    """Which of ppo's policies: last; best (the one that a guard chose on validation, in ppo/best);
+    auto: the best where there is one."""
     on_one_base: bool = False
     """Read SFT, PPO and the reward model as ppo with roles lora held them: adapters on one frozen
     base, in 4 bits where its lora.quantise says so; then the pretrained model is too. It takes less
@@ -126,6 +132,10 @@ class Config(StageConfig):
         for name in ("num_prompts", "batch_size", "bootstrap_samples", "text_rows"):
             value = getattr(self, name)
             require(value >= 1, f"{name}: must be at least 1, got {value}")
+        require(
+            self.policy in POLICIES,
+            f"policy: must be one of {', '.join(POLICIES)}, got {self.policy!r}",
+        )
         require(
             self.best_of.num_prompts <= self.num_prompts,
             f"best_of.num_prompts: must be at most num_prompts {self.num_prompts}, "
@@ -327,19 +337,20 @@ def run(config: Config) -> None:
     if config.generate.model:
         generate_in_bulk(config, device=accelerator.device)
         return
-    from pipeline.evaluation.loading import Loader, base_of
+    from pipeline.evaluation.loading import Loader, base_of, policy_of
 
     parents = {
         name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
     }
     prompts, num_left_out = held_out_prompts(parents, num_prompts=config.num_prompts)
     lora = base_of(parents["ppo"], parents["reward"]) if config.on_one_base else None
+    policy = policy_of(parents["ppo"], wanted=config.policy)
     with begin(config, stage="evaluate", kind="report", parents=parents) as stage:
         from pipeline.evaluation.comparison import compare
         from pipeline.evaluation.markdown import headline, results_markdown
         from pipeline.evaluation.targets import figures
 
-        models = Loader(parents=parents, device=accelerator.device, lora=lora)
+        models = Loader(parents=parents, policy=policy, device=accelerator.device, lora=lora)
         records, measured = measure(models, prompts, config)
         results = compare(
             records,
@@ -350,6 +361,7 @@ def run(config: Config) -> None:
         results |= {
             **measured,
             "max_response_tokens": parents["ppo"].config["max_response_tokens"],
+            "policy": "last" if policy == parents["ppo"].path else "best",
             "targets": config.targets,
             "prompts_left_out": num_left_out,
             **({"on_one_base": lora.quantise} if lora else {}),

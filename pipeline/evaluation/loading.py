@@ -18,6 +18,7 @@ from pipeline.models import (
     take_constants,
 )
 from pipeline.parallel import choose_workers
+from pipeline.ppo.guard import BEST
 from pipeline.ppo.scorers import Scorer, model_scorer
 from pipeline.ppo.sharing import AdaptedPolicy, SharedBase
 from pipeline.ppo.sources import reading_of
@@ -70,18 +71,39 @@ def base_of(ppo: Artifact, reward: Artifact) -> LoRA:
     return lora
 
 
+def policy_of(ppo: Artifact, *, wanted: str) -> Path:
+    """Returns the folder of one of ppo's policies.
+
+    Args:
+        ppo: the stage's folder.
+        wanted: last, best, or auto for the best where a guard chose one.
+
+    Raises:
+        UserError: there is no best one.
+    """
+    best = ppo.path / BEST
+    require(
+        wanted != "best" or best.is_dir(),
+        f"policy: there is no {best}, which a guard chooses. Run ppo with --guard.every=1, or set "
+        "it to last",
+    )
+    return best if wanted != "last" and best.is_dir() else ppo.path
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loader:
     """Loads the models of an evaluation and keeps none.
 
     Attributes:
         parents: folders of the run.
+        policy: folder of the aligned model.
         device: where models go.
         lora: of the policy's adapter, where SFT, PPO and the reward model are read as adapters on
             one base; None reads the merged models that their folders hold.
     """
 
     parents: Mapping[str, Artifact]
+    policy: Path
     device: Any
     lora: LoRA | None = None
 
@@ -92,7 +114,7 @@ class Loader:
 
     def policies(self, tokenizer: "PreTrainedTokenizerFast") -> Policies:
         """Returns SFT and PPO."""
-        sft, ppo = self._folder("sft"), self._folder("ppo")
+        sft, ppo = self._folder("sft"), self.policy
         if self.lora is None:
             return Policies(sft=self._reader(sft), ppo=self._reader(ppo), tokenizer=tokenizer)
         base = SharedBase(sft, lora=self.lora, device=self.device)

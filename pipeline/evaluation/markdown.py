@@ -65,7 +65,7 @@ def results_markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             "# SFT against PPO",
-            " ".join([ABOUT, *_how_models_were_read(results.get("on_one_base"))]),
+            " ".join([ABOUT, *_which_models(results)]),
             table(["figure", "target", "value", "met"], targets),
             table(
                 ["", "SFT", "PPO"],
@@ -77,12 +77,20 @@ def results_markdown(results: Mapping[str, Any]) -> str:
     )
 
 
-def _how_models_were_read(quantise: str | None) -> list[str]:
-    """Returns a sentence where models were not read as their folders hold them."""
-    if quantise is None:
-        return []
-    bits = "" if quantise == "none" else ", in 4 bits as the pretrained model was"
-    return [f"SFT, PPO and the reward model were read as adapters on one base{bits}."]
+def _which_models(results: Mapping[str, Any]) -> list[str]:
+    """Returns sentences where models are not the last ones, or not read as their folders hold them.
+
+    Results of former versions do not say which policy it was: the last.
+    """
+    told = []
+    if results.get("policy") == "best":
+        told.append(
+            "PPO is `ppo/best`, the policy that the guard liked best on validation prompts."
+        )
+    if "on_one_base" in results:
+        bits = "" if results["on_one_base"] == "none" else ", in 4 bits as the pretrained model was"
+        told.append(f"SFT, PPO and the reward model were read as adapters on one base{bits}.")
+    return told
 
 
 def _policy_rows(policies: Mapping[str, Any]) -> list[list[str]]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pipeline.ppo.scorers import Scorer
     from pipeline.ppo.trainer import PPOTrainer
 
+BEST = "best"
+"""Name of the folder, in that of ppo, of the policy that the guard likes best."""
 DROP = 0.1
 """Fall of the guard's normalised score that counts, in deviations of the SFT model's replies."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.checkpoint import StageRun
 from pipeline.evaluation.diversity import bigrams, distinct_2
 from pipeline.ppo.advantages import sequence_sum
-from pipeline.ppo.guard import Look, Watch, keep_best, over_optimised
+from pipeline.ppo.guard import BEST, Look, Watch, keep_best, over_optimised
 from pipeline.ppo.trainer import PPOTrainer, placed
 from pipeline.spacing import evenly_spaced
 from pipeline.tokenizer import decode_response
@@ -17,8 +17,6 @@ from pipeline.tokenizer import decode_response
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BEST = "best"
-"""Folder of the policy that the guard scored highest, below the ppo folder."""
 SAMPLES = 8
 """Responses kept in samples.jsonl at every look."""
 FIGURES = ("validation/", "guard/")

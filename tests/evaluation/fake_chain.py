@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import get_peft_model_state_dict
 from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.lora import ADAPTER, LoRA, merged, with_adapter, write_adapter
+from pipeline.ppo.guard import BEST
 from pipeline.ppo.sharing import AdaptedPolicy, SharedBase
 from pipeline.reward.training import reward_model_from
 from tests.evaluation.fakes import TEXT, tiny_tokenizer
@@ -51,13 +53,18 @@ class FourBitChainConfig(AdaptedChainConfig):
 
 
 def make_chain(
-    folder: Path, *, same_policy: bool = False, kind_of_config: type[ChainConfig] = ChainConfig
+    folder: Path,
+    *,
+    same_policy: bool = False,
+    best_policy: bool = False,
+    kind_of_config: type[ChainConfig] = ChainConfig,
 ) -> Path:
     """Writes the folders of every stage up to ppo and returns the run folder.
 
     Args:
         folder: the run.
         same_policy: PPO has SFT's weights.
+        best_policy: a guard chose one in ppo, which has them.
         kind_of_config: whether reward and ppo hold adapters beside merged models.
     """
     config = kind_of_config(run=str(folder), recipe="smoke", tracking="none")
@@ -83,6 +90,8 @@ def make_chain(
                     vocabulary=len(tokenizer), seed=seeds[stage], hidden=config.hidden
                 )
                 model.save_pretrained(run.path)
+            if stage == "ppo" and best_policy:
+                shutil.copytree(folder / "sft", run.path / BEST)
             if stage != "data":
                 tokenizer.save_pretrained(run.path)
             run.finish("tiny", chosen={}, summary={}, card="# Tiny")

@@ -138,6 +138,26 @@ def test_a_policy_against_itself_is_even_because_both_draw_the_same_numbers(tmp_
     assert drawn == [i * 12 // 5 for i in range(5)]
 
 
+@pytest.mark.parametrize(("words", "chosen"), [([], "best"), (["--policy=last"], "last")])
+def test_the_policy_that_a_guard_chose_is_the_one(tmp_path, words, chosen):
+    run = make_chain(tmp_path / "run", best_policy=True)
+    assert main([f"--run={run}", *SMALL, *words]) == 0
+    results = results_of(run)
+    assert results["policy"] == chosen
+    assert (results["comparison"]["kl"]["value"] > 1e-3) == (chosen == "last")
+    assert ("PPO is `ppo/best`" in (run / "evaluate/README.md").read_text()) == (chosen == "best")
+
+
+def test_a_best_policy_that_nobody_chose_is_refused(chain, tmp_path, capsys, caplog):
+    run = copy(chain, tmp_path)
+    line = complaint(capsys, caplog, f"--run={run}", *SMALL, "--policy=best")
+    assert (
+        "ppo/best, which a guard chooses. Run ppo with --guard.every=1, or set it to last" in line
+    )
+    line = complaint(capsys, caplog, f"--run={run}", *SMALL, "--policy=first")
+    assert line.endswith("policy: must be one of auto, last, best, got 'first'")
+
+
 def test_a_missing_parent_is_refused(chain, tmp_path, capsys, caplog):
     run = copy(chain, tmp_path)
     shutil.rmtree(run / "ppo")

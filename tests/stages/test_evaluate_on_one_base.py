@@ -113,9 +113,9 @@ def test_roles_on_one_base_are_not_read_side_by_side(chain, monkeypatch):
     prompts = judge.Prompts(rows=[0], texts=["love"], groups=["a"], tokens=[[5, 6]])
     sampling = judge.Sampling(seed=1, max_response_tokens=4, workers=2)
     for lora in (None, base_of(parents["ppo"], parents["reward"])):
-        policies = Loader(parents=parents, device=torch.device("cpu"), lora=lora).policies(
-            tokenizer
-        )
+        policies = Loader(
+            parents=parents, policy=parents["ppo"].path, device=torch.device("cpu"), lora=lora
+        ).policies(tokenizer)
         judge.converse(policies, prompts=prompts, sampling=sampling, draws=0, draw_rows=[])
     assert seen == [2, 1]
 
@@ -143,7 +143,9 @@ def test_in_4_bits_every_model_is(tmp_path_factory):
     run = made(tmp_path_factory, FourBitChainConfig)
     parents = parents_of(run)
     lora = base_of(parents["ppo"], parents["reward"])
-    models = Loader(parents=parents, device=torch.device("cpu"), lora=lora)
+    models = Loader(
+        parents=parents, policy=parents["ppo"].path, device=torch.device("cpu"), lora=lora
+    )
     base = models.policies(load_tokenizer(run / "sft")).ppo.base.model
     layers = base.model.layers, models.pretrained().model.layers, models.reward_model().model.layers
     adapted, plain, scoring = (stack[0].self_attn.q_proj for stack in layers)
