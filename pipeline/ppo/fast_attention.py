@@ -16,6 +16,8 @@ from pipeline.ppo.cache import make_room
 TOKENS = 4096
 MOST_ROWS = 32
 """Tokens that are read, of at most so many rows."""
+MOST_LAYERS = 8
+"""Layers that decode, at most: what they keep then fills a processor's caches as it will."""
 STEPS = 4
 """Tokens that are decoded for the measurement, after half of a response."""
 TURNS = 3
@@ -28,8 +30,8 @@ def fastest_attention(config: Any, *, prompt: int, response: int, passes: int, t
     """Returns one of PRECISIONS, the first unless another is clearly faster.
 
     Each reads the rows of a few responses forward and backward, and decodes them, in layers of
-    random numbers, in turn; of the turns the fastest counts. All layers decode, so that what they
-    keep is as far from the processor as it will be.
+    random numbers, in turn; of the turns the fastest counts. A model without attention heads gets
+    the first.
 
     Args:
         config: Transformers' configuration of the policy.
@@ -38,6 +40,8 @@ def fastest_attention(config: Any, *, prompt: int, response: int, passes: int, t
         passes: forward and backward over each row for one time that it is decoded.
         threads: of a pass.
     """
+    if not isinstance(getattr(config.get_text_config(), "num_attention_heads", None), int):
+        return PRECISIONS[0]
     layers = _Layers(config)
     length = prompt + max(1, response // 2)
     rows = max(1, min(MOST_ROWS, TOKENS // length))
@@ -49,7 +53,7 @@ def fastest_attention(config: Any, *, prompt: int, response: int, passes: int, t
     read["mixed"] = read["fp32"]
     steps = response / STEPS
     total = {
-        name: passes * layers.depth * read[name] + steps * decoded[name] for name in PRECISIONS
+        name: passes * layers.count * read[name] + steps * decoded[name] for name in PRECISIONS
     }
     first, fastest = PRECISIONS[0], min(total, key=lambda name: total[name])
     return fastest if total[fastest] < CLEARLY * total[first] else first
@@ -74,7 +78,7 @@ class _Layers(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         text = config.get_text_config()
-        self.depth = text.num_hidden_layers
+        self.count = min(MOST_LAYERS, text.num_hidden_layers)
         self.heads = text.num_attention_heads
         self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
         self.width = getattr(text, "head_dim", None) or text.hidden_size // self.heads
@@ -83,8 +87,10 @@ class _Layers(nn.Module):
     def states(self, rows: int, length: int, *, trained: bool = False) -> tuple[torch.Tensor, ...]:
         """Returns queries and keys in float32, as rotation leaves them, and values in bfloat16."""
         kinds = (self.heads, torch.float32), (self.kv_heads, torch.float32)
+        own = torch.Generator().manual_seed(0)  # what others draw stays as it was
+        sizes = (length, self.width)
         return tuple(
-            torch.randn(rows, heads, length, self.width, dtype=dtype, requires_grad=trained)
+            torch.randn(rows, heads, *sizes, dtype=dtype, generator=own).requires_grad_(trained)
             for heads, dtype in (*kinds, (self.kv_heads, torch.bfloat16))
         )
 
@@ -107,14 +113,14 @@ class _Layers(nn.Module):
         query, *new = self.states(rows, 1)
         caches = {precision: DynamicCache() for precision in PRECISIONS}
         for precision, cache in caches.items():
-            for index in range(self.depth):
+            for index in range(self.count):
                 cache.update(*read, index)
             with AUTOCAST:
                 make_room(cache, positions=STEPS * (TURNS + 1), attention=PACKED[precision])
 
         @torch.no_grad()
         def work(precision: str) -> None:
-            for _, index in product(range(STEPS), range(self.depth)):
+            for _, index in product(range(STEPS), range(self.count)):
                 keys, values = caches[precision].update(*new, index)
                 mask = torch.ones(rows, 1, 1, keys.shape[2], dtype=torch.bool)
                 packed_attention(self, query, keys, values, mask, precision=precision)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from pipeline.attention import PRECISIONS, pack
 from pipeline.ppo import cache, fast_attention
@@ -49,6 +49,11 @@ def test_the_clearly_fastest_for_an_update_is_chosen(read, decoded, chosen, monk
     answers = iter([dict(read), decoded])
     monkeypatch.setattr(fast_attention, "_seconds", lambda *_: next(answers))
     assert fastest_attention(LLAMA, **{**SIZES, "response": fast_attention.STEPS}) == chosen
+
+
+def test_a_model_without_heads_has_nothing_to_choose(monkeypatch):
+    monkeypatch.setattr(fast_attention, "_Layers", lambda _: pytest.fail("measured"))
+    assert fastest_attention(MambaConfig(hidden_size=16), **SIZES) == "fp32"
 
 
 def test_seconds_are_the_best_of_the_turns_after_the_first(monkeypatch):
