@@ -1,6 +1,7 @@
 """Models from a configuration or a folder: policy, reference, reward model and value model."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,10 +338,21 @@ def score_responses(
     return (scores - model.config.reward_mean) / model.config.reward_std
 
 
-def by_length(lengths: Sequence[int], *, batch_size: int) -> list[list[int]]:
-    """Returns the rows of every batch, in the order of their lengths."""
+def by_length(lengths: Sequence[int], *, batch_size: int, mixed: bool = True) -> list[list[int]]:
+    """Returns the rows of every batch, in the order of their lengths.
+
+    Args:
+        lengths: of the rows.
+        batch_size: most rows of a batch.
+        mixed: whether a batch may hold rows of several lengths.
+    """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    groups = [order] if mixed else [list(rows) for _, rows in groupby(order, lengths.__getitem__)]
+    return [
+        rows[start : start + batch_size]
+        for rows in groups
+        for start in range(0, len(rows), batch_size)
+    ]
 
 
 def pad_right(

@@ -15,6 +15,7 @@ from pipeline.heads import logits_head
 from pipeline.last_layer import only
 from pipeline.logprobs import picked, wide
 from pipeline.sizes import filled_up
+from pipeline.stepping import taken
 
 PIECE_TOKENS = 1024
 """Tokens whose logits exist at a time: 200 MB in float32 for a vocabulary of 50,000."""
@@ -122,7 +123,7 @@ def states_at(
     model: Any, batch: Batch, wanted: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, "token width"]:
     """Returns the last hidden states where wanted is True, in row-major order."""
-    inputs = batch.inputs()
+    inputs = taken(model, batch.inputs())
     length = inputs["input_ids"].shape[1]
     packed = only(wanted[0].nonzero()[:, 0], length=length) if batch.row_lengths else nullcontext()
     with packed:

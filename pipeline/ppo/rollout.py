@@ -18,6 +18,7 @@ from pipeline.parallel import side_by_side
 from pipeline.ppo.cache import make_room
 from pipeline.ppo.graphs import StaticSteps, can_keep_one_shape, prefers_one_shape
 from pipeline.sizes import ROWS, rounded
+from pipeline.stepping import steps_by_cache
 
 ENGINE_LOGPROBS = "engine_logprobs"
 """Name of what another engine than the policy says of the tokens that it drew."""
@@ -115,7 +116,7 @@ def generate(
     come from the policy itself.
 
     Args:
-        model: causal LM with a standard cache.
+        model: causal LM; without a standard cache it reads its rows anew at every token.
         prompts: token ids, none empty.
         uniforms: one number per response token; its width is the budget of tokens.
         temperature: divides the logits.
@@ -126,8 +127,11 @@ def generate(
     """
     if not prompts:  # of fewer than there are processes
         return Sampled([], {"logprobs": [], "entropy": []})
+    if not steps_by_cache(model):  # some keep states in their layers, for one batch at a time
+        workers = 1
     size = min(batch_size, math.ceil(len(prompts) / workers))
-    batches = by_length([len(prompt) for prompt in prompts], batch_size=size)
+    lengths = [len(prompt) for prompt in prompts]
+    batches = by_length(lengths, batch_size=size, mixed=steps_by_cache(model))
 
     @torch.no_grad()
     def continued(rows: list[int]) -> Sampled:
@@ -163,6 +167,7 @@ class _Decoding:
         padded = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.model = model
+        self.by_cache = steps_by_cache(model)
         self.ids = torch.tensor(padded).to(model.device)
         self.mask = (torch.arange(width) >= width - lengths[:, None]).long().to(model.device)
         self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -208,6 +213,8 @@ class _Decoding:
 
     def _make_room(self, positions: int) -> None:
         """Prepares the cache for what is still to come."""
+        if not self.by_cache:
+            return
         if not (prefers_one_shape(self.model) and can_keep_one_shape(self.model, self.cache)):
             attention = attention_of(self.model.config)
             make_room(self.cache, positions=positions, attention=attention)
@@ -223,6 +230,9 @@ class _Decoding:
     def _step(self) -> Float[Tensor, "batch vocabulary"]:
         if self.steps is not None:
             return self.steps.step(self.ids)
+        if not self.by_cache:
+            last: Tensor = self.model(input_ids=self.ids, use_cache=False).logits[:, -1]
+            return last
         output = self.model(
             input_ids=self.ids,
             attention_mask=self.mask,
@@ -237,7 +247,7 @@ class _Decoding:
 
     def _extend(self, drawn: Int[Tensor, "batch"], going: Tensor) -> None:
         """Appends the drawn tokens; drops finished rows when enough of them have finished."""
-        self.ids = drawn[:, None]
+        self.ids = drawn[:, None] if self.by_cache else torch.cat([self.ids, drawn[:, None]], dim=1)
         self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         room = rounded(int(going.sum()), multiple=ROWS)
@@ -246,10 +256,10 @@ class _Decoding:
 
     def _keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Keeps these rows of the batch only."""
-        if self.steps is None:
-            self.cache.batch_select_indices(rows)
-        else:
+        if self.steps is not None:
             self.steps.select(rows)
+        elif self.by_cache:
+            self.cache.batch_select_indices(rows)
         self.active = self.active[rows]
         self.ids, self.positions = self.ids[rows], self.positions[rows]
         self.mask = self.mask[rows]

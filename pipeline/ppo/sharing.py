@@ -154,6 +154,7 @@ class AdaptedPolicy:
     def __init__(self, base: SharedBase, *, adapter: str | None) -> None:
         self.base, self.adapter = base, adapter
         self.config, self.device = base.model.config, base.model.device
+        self.forward = base.model.forward  # says what it takes
 
     def __call__(self, **inputs: Any) -> Any:
         """Returns the model's output through this role's adapter."""
