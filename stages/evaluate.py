@@ -251,17 +251,16 @@ def report_on_ratings(
     seed: int,
 ) -> dict[str, Any]:
     """Returns the reward model's report on the test texts, as it was trained to read them."""
-    from pipeline.reward.held_out import held_out_report
+    from pipeline.reward.held_out import Trained, held_out_report
 
     trained = parents["reward"].config
+    names = [field.name for field in dataclasses.fields(Trained)]
     return held_out_report(
         reward,
         reading=reading,
         data=parents["data"].path,
         split="test",
-        row_type=trained["row_type"],
-        max_length=trained["max_length"],
-        min_gap=trained["report_gap"],
+        trained=Trained(**{name: trained[name] for name in names}),
         seed=seed,
     )
 

@@ -26,7 +26,7 @@ from pipeline.reward.data import (
     mean_padding_frac,
     read_rankings,
 )
-from pipeline.reward.held_out import held_out_report, rated_sets
+from pipeline.reward.held_out import Trained, held_out_report, rated_sets
 from pipeline.reward.reading import Reading, TokenReading, Words, limit_of, load_reading
 from pipeline.reward.report import pair_accuracy
 from pipeline.reward.scores import raw_scores
@@ -87,9 +87,12 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         reading=reading,
         data=data,
         split="validation",
-        row_type=config.row_type,
-        max_length=config.max_length,
-        min_gap=config.report_gap,
+        trained=Trained(
+            row_type=config.row_type,
+            max_length=config.max_length,
+            report_gap=config.report_gap,
+            labels=config.labels,
+        ),
         seed=config.seed,
     )
     if stage.is_main:

@@ -63,7 +63,9 @@ def test_every_figure_is_there(evaluated):
     tax = results["alignment_tax"]
     assert evaluated.summary["text_perplexity_ratio"] == tax["ratio"] == tax["ppo"] / tax["sft"]
     assert results["reward_model"]["split"] == "test"
-    assert results["reward_model"]["sets"]["tweets"]["num_pairs"] > 0
+    tweets = results["reward_model"]["sets"]["tweets"]
+    assert tweets["num_pairs"] > 0
+    assert tweets["calibration"]["observed_by"] == "order"  # the recipe's labels are hard
     assert evaluated.summary["gold_win_rate"] == results["comparison"]["gold_win_rate"]["value"]
     assert "| Gold win rate over SFT |" in (evaluated.path / "README.md").read_text()
 
