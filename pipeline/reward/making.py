@@ -36,6 +36,7 @@ from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
     average_at_first,
+    check_packing,
     reward_model_from,
 )
 from pipeline.storage import write_json
@@ -157,7 +158,8 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
     """Returns the body of init_from, or of the SFT model, with a new head.
 
     Raises:
-        UserError: the architecture has not the layers for averaging_layers or dropout.
+        UserError: the architecture has not the layers for averaging_layers or dropout, or does not
+            read packed texts.
     """
     model = reward_model_from(
         config.init_from or sft,
@@ -165,6 +167,8 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
         seed=config.seed,
         quantisation=quantisation(config.lora.quantise),
     )
+    if config.pack and not config.init_from:
+        check_packing(model)
     average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)
