@@ -58,7 +58,7 @@ class Blueprint:
 
     def config(self, **more: Any) -> Any:
         """Returns transformers' configuration."""
-        return CONFIG_MAPPING[self.model_type](**self.options, **more)
+        return CONFIG_MAPPING[self.model_type](**(self.options | more))
 
     def causal_lm(self, *, quantised: bool = False) -> Any:
         """Returns a causal LM in float32 on the meta device, or its body's products in 4 bits."""

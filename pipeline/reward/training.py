@@ -1,5 +1,6 @@
 """Training over rankings on Hugging Face's Trainer, and the model it starts from."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.config import require
 from pipeline.distributed import in_step
 from pipeline.errors import UserError, told
 from pipeline.logprobs import wide
@@ -130,15 +130,17 @@ def check_packing(model: PreTrainedModel) -> None:
         RankingCollator(pad_id=model.config.pad_token_id, packed=packed)([row])
         for packed in (True, False)
     )
-    name = model.config.model_type
-    advice = "Set pack to false"
-    with told(f"pack: {name} does not read texts side by side", mend=advice):
-        scores = ranking_scores(model, together, unwrapped=model)
     alone = ranking_scores(model, apart, unwrapped=model)
-    require(
-        torch.allclose(scores, alone, rtol=ROUNDING, atol=ROUNDING),
-        f"pack: {name} does not read texts side by side as it reads each alone. {advice}",
-    )
+    with telling_of_packing(model.config):
+        scores = ranking_scores(model, together, unwrapped=model)
+        if not torch.allclose(scores, alone, rtol=ROUNDING, atol=ROUNDING):
+            raise ValueError("it reads them otherwise than alone")
+
+
+def telling_of_packing(config: Any) -> contextlib.AbstractContextManager[None]:
+    """Returns the context of a trial in which whatever is raised says that texts are not packed."""
+    what = f"pack: {config.model_type} does not read texts side by side"
+    return told(what, mend="Set pack of the reward stage to false")
 
 
 def add_dropout(model: PreTrainedModel, *, probability: float) -> None:

@@ -118,7 +118,7 @@ def test_a_model_that_reads_no_packed_texts_is_told_of_before_training(
     if reads:
         check_packing(model)
         monkeypatch.setattr(packing, "_visible", everything_before)
-    with pytest.raises(UserError, match=rf"pack: {model_type} does not read texts.*pack to false"):
+    with pytest.raises(UserError, match=rf"pack: {model_type} does not read texts.*Set pack of"):
         check_packing(model)
 
 
