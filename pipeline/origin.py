@@ -39,7 +39,7 @@ def locate(init_from: str) -> Origin:
             `package:<name>==<version>/<path of the .gguf file in its wheel>`.
 
     Raises:
-        UserError: no such file, folder or package, or a GGUF file without the library that reads it.
+        UserError: no such file, folder or package, or no library that reads a GGUF file.
     """
     if not init_from.endswith(".gguf"):
         require(
