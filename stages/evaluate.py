@@ -47,6 +47,9 @@ PARENTS = {
     "ppo": "causal-lm",
 }
 
+FEWEST_DRAWS = 100
+"""Resamples whose 2.5% and 97.5% are ends of an interval at all: of one, both are that one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BestOf:
@@ -123,9 +126,15 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_prompts", "batch_size", "bootstrap_samples", "text_rows"):
+        least = {
+            "num_prompts": 1,
+            "batch_size": 1,
+            "text_rows": 1,
+            "bootstrap_samples": FEWEST_DRAWS,
+        }
+        for name, number in least.items():
             value = getattr(self, name)
-            require(value >= 1, f"{name}: must be at least 1, got {value}")
+            require(value >= number, f"{name}: must be at least {number}, got {value}")
         require(
             self.best_of.num_prompts <= self.num_prompts,
             f"best_of.num_prompts: must be at most num_prompts {self.num_prompts}, "

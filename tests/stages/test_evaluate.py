@@ -17,7 +17,7 @@ SMALL = [
     "--tracking=none",
     "--threads=1",
     "--num_prompts=12",
-    "--bootstrap_samples=50",
+    "--bootstrap_samples=100",
 ]
 
 
@@ -163,6 +163,7 @@ def test_an_altered_parent_is_refused(chain, tmp_path, capsys, caplog):
         ),
         ("--num_prompts=0", "num_prompts: must be at least 1, got 0"),
         ("--batch_size=0", "batch_size: must be at least 1, got 0"),
+        ("--bootstrap_samples=99", "bootstrap_samples: must be at least 100, got 99"),
         ("--best_of.sizes=[4,2]", r"best_of.sizes: must be ascending numbers from 2 on"),
         ("--best_of.sizes=[1]", r"best_of.sizes: must be ascending numbers from 2 on"),
         ("--best_of.num_prompts=-1", "best_of.num_prompts: must be at least 0, got -1"),
