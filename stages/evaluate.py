@@ -262,14 +262,12 @@ def report_on_ratings(
     """Returns the reward model's report on the test texts, as it was trained to read them."""
     from pipeline.reward.held_out import Trained, held_out_report
 
-    trained = parents["reward"].config
-    names = [field.name for field in dataclasses.fields(Trained)]
     return held_out_report(
         reward,
         reading=reading,
         data=parents["data"].path,
         split="test",
-        trained=Trained(**{name: trained[name] for name in names}),
+        trained=Trained.of(parents["reward"].config),
         seed=seed,
     )
 

@@ -1,6 +1,7 @@
 """The report on held-out texts: what the model, the bag of words and the raters say of them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ class Trained:
     """Least difference of mean ratings of a pair that counts."""
     labels: str
     """hard or raters: what the model learned to predict, by which its calibration is judged."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Trained":
+        """Returns what the settings of a reward model's stage say."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
 
 def held_out_report(

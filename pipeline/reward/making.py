@@ -88,12 +88,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         reading=reading,
         data=data,
         split="validation",
-        trained=Trained(
-            row_type=config.row_type,
-            max_length=config.max_length,
-            report_gap=config.report_gap,
-            labels=config.labels,
-        ),
+        trained=Trained.of(config.content()),
         seed=config.seed,
     )
     if stage.is_main:
