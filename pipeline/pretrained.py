@@ -196,7 +196,8 @@ def _folder_of(name: Path | str, patterns: Sequence[str]) -> Path:
     """Returns a model's folder; of one on the hub that of the cache, once it has those files."""
     if Path(name).is_dir():
         return Path(name)
-    require(not is_place(name), f"{name}: there is no such folder")
+    if is_place(name):
+        raise FileNotFoundError("there is no such folder")
     from huggingface_hub import snapshot_download
 
     repository, _, pinned = str(name).partition(PIN)

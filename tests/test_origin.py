@@ -127,7 +127,9 @@ def test_pins_are_complete():
 def test_a_folder_that_is_not_there_is_not_sought_on_the_hub(name):
     with pytest.raises(UserError, match=f"init_from: there is no folder {re.escape(name)} "):
         locate(name)
-    with pytest.raises(UserError, match=f"{re.escape(name)}: there is no such folder"):
+    with pytest.raises(
+        UserError, match=rf"{re.escape(name)}: no model .* \(there is no such folder\)"
+    ):
         load_causal_lm(name)
 
 
