@@ -20,7 +20,10 @@ from statistics import median
 from typing import Any
 
 RESULTS = Path("benchmarks/results/doctor.json")
-STEPS = ["--training.steps=2", "--training.eval_every=0", "--saving.every=0"]
+STEPS = [
+    *("--training.steps=2", "--training.warmup_steps=0"),
+    *("--training.eval_every=0", "--saving.every=0"),
+]
 UPDATES = ["--updates=1", "--validate_every=1", "--saving.every=0", "--keep_rollout_every=0"]
 LORA = ["--lora.rank=16"]
 

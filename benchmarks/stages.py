@@ -98,7 +98,8 @@ def measure(stage: str, parents: Path, recipe: str, steps: int) -> dict[str, flo
             module.Config,
             [
                 f"--recipe={recipe}", f"--run={folder}", "--tracking=none", "--threads=1",
-                f"--training.steps={steps}", "--training.eval_every=0", "--saving.every=0",
+                f"--training.steps={steps}", "--training.warmup_steps=0",
+                "--training.eval_every=0", "--saving.every=0",
             ],
             stage=stage,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from pipeline.errors import UserError
 from pipeline.shapes import holds, is_amount, is_text, is_whole, mapping
+from pipeline.storage import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ class Lock:
         """Takes the lock, over from a dead process too.
 
         Raises:
-            UserError: another process holds it; the message names it and its host.
+            UserError: another process holds it, named with its host; or no folder can be made.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         file = self.path.open("a+", encoding="utf-8")
         file.seek(0)
         try:

@@ -26,7 +26,7 @@ from pipeline.sharding import in_one_pass
 from pipeline.storage import read_json
 from pipeline.streams import stream
 from pipeline.tokenizer import encode_prompt, render_prompt
-from pipeline.weights import check_it_writes, load_whole
+from pipeline.weights import BEST, check_it_continues, check_it_writes, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -58,19 +58,19 @@ def build_causal_lm(
     options = {**positions, **architecture.options}
     unknown = [name for name in options if not hasattr(config, name)]
     require(not unknown, f"architecture.options: {architecture.model_type} has no {unknown}")
-    config = AutoConfig.for_model(
-        architecture.model_type,
-        **options,
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(stream(seed, "initialisation"))
-    try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except (ValueError, KeyError) as error:
-        raise UserError(f"architecture: {architecture.model_type}: {error}") from error
+    with told(f"architecture: no {architecture.model_type} could be made"):
+        config = AutoConfig.for_model(
+            architecture.model_type,
+            **options,
+            vocab_size=len(tokenizer),
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        torch.manual_seed(stream(seed, "initialisation"))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=BEST)
+    check_it_continues(model, "architecture.model_type")
+    return model
 
 
 def _check_sizes(options: dict[str, Any]) -> None:
@@ -102,6 +102,7 @@ def load_causal_lm(path: Path | str, *, quantisation: Any = None) -> "PreTrained
 
     check_it_writes(Path(path))
     model = _load(AutoModelForCausalLM, path, quantization_config=quantisation)
+    check_it_continues(model, str(path))
     if quantisation is not None:
         keep_differentiable(model)
     return model
@@ -121,12 +122,14 @@ def load_origin(origin: Origin, *, quantisation: Any = None) -> "PreTrainedModel
 
     if origin.gguf_file is None:
         return load_causal_lm(origin.path, quantisation=quantisation)
-    return _load(
+    model = _load(
         AutoModelForCausalLM,
         origin.path,
         gguf_file=origin.gguf_file,
         quantization_config=GgufConfig(dequantize=True),
     )
+    check_it_continues(model, origin.gguf_file)
+    return model
 
 
 def load_classifier(path: Path | str) -> "PreTrainedModel":
@@ -218,7 +221,7 @@ def _load(auto_class: Any, path: Path | str, **options: Any) -> "PreTrainedModel
         auto_class,
         path,
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        attn_implementation=BEST,
         use_safetensors=True,
         **options,
     )

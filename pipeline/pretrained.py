@@ -92,6 +92,12 @@ def commit_of(name: Path | str) -> str | None:
     return _commits.get(str(name))
 
 
+def is_place(name: Path | str) -> bool:
+    """Returns whether a model's name is a place on this disk: no name on the hub looks like it."""
+    repository = str(name).partition(PIN)[0]
+    return repository.startswith(("/", ".", "~")) or repository.count("/") > 1
+
+
 def brings_code(folder: Path) -> bool:
     """Returns whether a model's folder names Python code of its own."""
     settings = [_json(folder / "config.json"), _json(folder / "tokenizer_config.json")]
@@ -190,6 +196,8 @@ def _folder_of(name: Path | str, patterns: Sequence[str]) -> Path:
     """Returns a model's folder; of one on the hub that of the cache, once it has those files."""
     if Path(name).is_dir():
         return Path(name)
+    if is_place(name):
+        raise FileNotFoundError("there is no such folder")
     from huggingface_hub import snapshot_download
 
     repository, _, pinned = str(name).partition(PIN)

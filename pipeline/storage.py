@@ -62,6 +62,21 @@ def require_space(folder: Path, needed: int, *, what: str) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where they are not there.
+
+    Raises:
+        UserError: the file system takes no folders (/proc says so as if one above were missing).
+        OSError: what else the system has against it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: no folder can be made there. Choose another one with RUN="
+        ) from error
+
+
 def inside(folder: Path, name: str) -> Path:
     """Returns the place of a file by a name that was written down by whoever made the folder.
 

@@ -87,15 +87,30 @@ class Training:
             value = getattr(self, name)
             message = f"training.{name}: must be one of {', '.join(allowed)}, got {value!r}"
             require(value in allowed, message)
+        self._check_warmup(self.steps)
+
+    def _check_warmup(self, steps: int) -> None:
+        """Raises UserError where the learning rate would not arrive at its peak; 0: not known."""
+        require(
+            steps == 0 or self.warmup_steps < steps,
+            f"training.warmup_steps: {self.warmup_steps} of {steps} steps leave none at the peak "
+            "learning rate; lower it or train for longer",
+        )
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimizer steps over this many training rows."""
+        """Optimizer steps over this many training rows.
+
+        Raises:
+            UserError: the rows fill no minibatch, or the warmup takes all steps.
+        """
         if num_rows < self.minibatch_size:
             raise UserError(
                 f"training.minibatch_size: {self.minibatch_size} rows do not fit into the "
                 f"{num_rows} training rows; lower it or prepare more data"
             )
-        return self.steps or max(1, int(self.epochs * (num_rows // self.minibatch_size)))
+        steps = self.steps or max(1, int(self.epochs * (num_rows // self.minibatch_size)))
+        self._check_warmup(steps)
+        return steps
 
     def accumulation(self, world_size: int) -> int:
         """Microbatches that each process adds up before one optimizer step."""
@@ -142,7 +157,7 @@ def trainer_arguments(
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": SCHEDULES[training.schedule],
         "lr_scheduler_kwargs": {"num_decay_steps": decay} if training.schedule == "stable" else {},
-        "warmup_steps": min(training.warmup_steps, steps),
+        "warmup_steps": training.warmup_steps,
         "max_grad_norm": training.max_grad_norm,
         "bf16": training.precision == "bf16",
         "use_cpu": not torch.cuda.is_available(),

@@ -1,6 +1,7 @@
 """Models of a folder or hub id: loaded whole or not at all, whatever stands in their files."""
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,6 +21,12 @@ NAMED = 3
 """Tensors that a message names."""
 CLASSIFIER = "ForSequenceClassification"
 """How Transformers' names of models that score texts end."""
+BEST = None
+"""Attention that Transformers chooses, whatever a config.json says: SDPA, or eager where a model's
+class knows no other (GPT-J, BLOOM, Gemma 2 with its capped scores)."""
+CAUSAL = ("gpt_neox", "gpt_neox_japanese")
+"""Models that read what stands before a token alone, though their configurations say that they are
+no decoders."""
 
 
 def load_whole(
@@ -75,6 +82,29 @@ def check_it_writes(path: Path) -> None:
         not any(name.endswith(CLASSIFIER) for name in names),
         f"{path} holds {', '.join(names)}, which scores texts and writes none. Name the folder of "
         "a causal language model",
+    )
+
+
+def check_it_continues(model: Any, where: str) -> None:
+    """Raises UserError where a model of Transformers' causal ones cannot continue a text here.
+
+    Those of encoders read what stands behind a token too, unless their configuration makes them
+    decoders, and Transformers only warns. Recurrent models keep states of their own kinds.
+
+    Args:
+        model: with weights or without.
+        where: place of the model, or the setting that names it.
+    """
+    config = model.config
+    require(
+        getattr(config, "is_decoder", None) is not False or config.model_type in CAUSAL,
+        f"{where}: {config.model_type} is an encoder, which reads what stands behind a token too "
+        "and so cannot write. Name a causal language model; reward.init_from takes encoders",
+    )
+    require(
+        "past_key_values" in inspect.signature(model.forward).parameters,
+        f"{where}: {config.model_type} keeps no cache of keys and values, by which replies are "
+        "written here. Name another model",
     )
 
 

@@ -47,6 +47,9 @@ PARENTS = {
     "ppo": "causal-lm",
 }
 
+FEWEST_DRAWS = 100
+"""Resamples whose 2.5% and 97.5% are ends of an interval at all: of one, both are that one."""
+
 
 POLICIES = ("auto", "last", "best")
 
@@ -129,9 +132,15 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_prompts", "batch_size", "bootstrap_samples", "text_rows"):
+        least = {
+            "num_prompts": 1,
+            "batch_size": 1,
+            "text_rows": 1,
+            "bootstrap_samples": FEWEST_DRAWS,
+        }
+        for name, number in least.items():
             value = getattr(self, name)
-            require(value >= 1, f"{name}: must be at least 1, got {value}")
+            require(value >= number, f"{name}: must be at least {number}, got {value}")
         require(
             self.policy in POLICIES,
             f"policy: must be one of {', '.join(POLICIES)}, got {self.policy!r}",
@@ -261,17 +270,14 @@ def report_on_ratings(
     seed: int,
 ) -> dict[str, Any]:
     """Returns the reward model's report on the test texts, as it was trained to read them."""
-    from pipeline.reward.held_out import held_out_report
+    from pipeline.reward.held_out import Trained, held_out_report
 
-    trained = parents["reward"].config
     return held_out_report(
         reward,
         reading=reading,
         data=parents["data"].path,
         split="test",
-        row_type=trained["row_type"],
-        max_length=trained["max_length"],
-        min_gap=trained["report_gap"],
+        trained=Trained.of(parents["reward"].config),
         seed=seed,
     )
 

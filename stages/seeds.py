@@ -23,7 +23,7 @@ from pipeline.config import StageConfig, require
 from pipeline.distributed import num_cores
 from pipeline.errors import UserError
 from pipeline.stopping import Terminated
-from pipeline.storage import read_json, write_json
+from pipeline.storage import make_folder, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def run_seed(config: Config, seed: int) -> None:
     if config.parallel == 1:
         code, place = subprocess.run(words, check=False).returncode, "above"
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         place = str(folder / "make.log")
         with (folder / "make.log").open("w", encoding="utf-8") as file:
             code = subprocess.run(words, check=False, stdout=file, stderr=file).returncode

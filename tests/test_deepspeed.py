@@ -46,7 +46,13 @@ def parents(tmp_path_factory) -> Path:
     """A run folder with the smoke recipe up to a pretrained model, trained for two steps."""
     folder = tmp_path_factory.mktemp("run")
     make_corpus(folder)
-    few = [*SMOKE, "--training.steps=2", "--saving.every=0", f"--run={folder}"]
+    few = [
+        *SMOKE,
+        "--training.steps=2",
+        "--training.warmup_steps=0",
+        "--saving.every=0",
+        f"--run={folder}",
+    ]
     stages.pretrain.run(load(stages.pretrain.Config, few, stage="pretrain"))
     return folder
 

@@ -18,7 +18,10 @@ from tests.data.adapters import foreign
 from tests.data.adapters.support import written
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1", "--chats.source=none"]
-NO_STEP = ["--training.steps=2", "--training.eval_every=0", "--saving.every=0"]
+NO_STEP = [
+    *("--training.steps=2", "--training.warmup_steps=0"),
+    *("--training.eval_every=0", "--saving.every=0"),
+]
 WORDS = {
     "tokenizer": ["--vocabulary_size=400"],
     "pretrain": [*NO_STEP, "--context_length=256"],

@@ -1,6 +1,7 @@
 """Where a model to start from lies: GGUF files, on their own and in pinned packages."""
 
 import hashlib
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import origin
 from pipeline.data.packages import MODELS, Package
 from pipeline.errors import UserError
-from pipeline.models import load_origin
+from pipeline.models import load_causal_lm, load_origin
 from pipeline.origin import Origin, load_origin_tokenizer, locate
 from tests import gguf_files
 
@@ -120,3 +121,22 @@ def test_pins_are_complete():
     for package in MODELS:
         assert len(package.sha256) == 64
         assert package.version in package.archive
+
+
+@pytest.mark.parametrize("name", ["/no/model", "./models/mine", "../mine", "~/mine", "runs/x/sft"])
+def test_a_folder_that_is_not_there_is_not_sought_on_the_hub(name):
+    with pytest.raises(UserError, match=f"init_from: there is no folder {re.escape(name)} "):
+        locate(name)
+    with pytest.raises(
+        UserError, match=rf"{re.escape(name)}: no model .* \(there is no such folder\)"
+    ):
+        load_causal_lm(name)
+
+
+def test_a_name_of_the_hub_is_none_of_a_folder():
+    for name in ("gpt2", "owner/name", "owner/name@0123abc", "owner/name@refs/pr/1"):
+        assert locate(name) == Origin(name)
+
+
+def test_a_folder_that_is_there_needs_no_other_sign(tmp_path):
+    assert locate(str(tmp_path)) == Origin(str(tmp_path))

@@ -3,6 +3,7 @@
 import errno
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from pipeline.points import Points
-from pipeline.storage import faults, files_of, flatten, read_jsonl, telling_disk_trouble
+from pipeline.storage import (
+    faults,
+    files_of,
+    flatten,
+    make_folder,
+    read_jsonl,
+    telling_disk_trouble,
+)
+from stages import data
 
 
 def test_rows_of_a_missing_file_are_none(tmp_path):
@@ -22,6 +31,14 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"step": \n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_jsonl(path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(caplog):
+    told = "/proc/x: no folder can be made there. Choose another one with RUN="
+    with pytest.raises(UserError, match=told):
+        make_folder(Path("/proc/x"))
+    assert data.main(["--recipe=smoke", "--run=/proc/x", "--tracking=none"]) == 2
+    assert caplog.records[-1].getMessage() == f"data: {told}"
 
 
 def test_torch_on_a_full_disk_is_told_as_the_disks_error(tmp_path):

@@ -21,6 +21,13 @@ def test_too_few_rows_are_refused():
         Training(minibatch_size=32).num_steps(31)
 
 
+def test_a_warmup_over_all_steps_is_told_when_the_rows_are_known():
+    training = Training(minibatch_size=8, epochs=2.0, warmup_steps=10)
+    assert training.num_steps(48) == 12
+    with pytest.raises(UserError, match="warmup_steps: 10 of 10 steps leave none at the peak"):
+        training.num_steps(40)
+
+
 def test_a_minibatch_is_divided_over_processes_and_microbatches():
     training = Training(minibatch_size=32, microbatch_size=4)
     assert training.accumulation(1) == 8
@@ -38,6 +45,7 @@ def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
     [
         ({"minibatch_size": 0}, "training.minibatch_size: must be at least 1, got 0"),
         ({"steps": -1}, "training.steps: must be at least 0, got -1"),
+        ({"steps": 5, "warmup_steps": 5}, "training.warmup_steps: 5 of 5 steps leave none at"),
         ({"learning_rate": 0.0}, "training.learning_rate: must be above 0, got 0.0"),
         ({"epsilon": 0.0}, "training.epsilon: must be above 0, got 0.0"),
         ({"beta2": 1.0}, r"training.beta2: must be in \[0, 1\), got 1.0"),

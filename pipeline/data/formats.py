@@ -222,8 +222,11 @@ def _string(row: Row, name: str) -> str:
 
 
 def _label(value: Any, name: str) -> str:
-    """A name or number of a group, a set or a text; empty where there is none."""
-    if value is None:
+    """A name or number of a group, a set or a text; empty where there is none.
+
+    Tables hold what is missing as NaN where the others are numbers.
+    """
+    if value is None or value != value:  # noqa: PLR0124 - so is NaN alone
         return ""
     if not isinstance(value, str | int | float):
         raise _BadRowError(f"{name} must be a text or a number, got {type(value).__name__}")

@@ -18,6 +18,7 @@ from pipeline.lora import LoRA, adapter_config, quiet_about_old_names
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.sharing import AdaptedPolicy, AdaptedScorer, SharedBase, TrunkValue
 from pipeline.sharding import recompute
+from pipeline.weights import BEST
 
 PACKED_BYTES = 0.516
 """Bytes of a weight in 4-bit NormalFloat: half a byte, and 0.127 bits for quantised constants
@@ -57,7 +58,7 @@ class Blueprint:
 
     def config(self, **more: Any) -> Any:
         """Returns transformers' configuration."""
-        return CONFIG_MAPPING[self.model_type](**self.options, **more)
+        return CONFIG_MAPPING[self.model_type](**(self.options | more))
 
     def causal_lm(self, *, quantised: bool = False) -> Any:
         """Returns a causal LM in float32 on the meta device, or its body's products in 4 bits."""
@@ -79,7 +80,7 @@ class Blueprint:
 
 def _made(auto_class: Any, config: Any, *, quantised: bool) -> Any:
     with torch.device("meta"):
-        model = auto_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = auto_class.from_config(config, attn_implementation=BEST, dtype=torch.float32)
         if quantised:
             _quantise(model)
     return model.eval()

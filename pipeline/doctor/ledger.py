@@ -8,7 +8,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +26,27 @@ aten = torch.ops.aten
 FUSED = aten._scaled_dot_product_flash_attention_for_cpu.default  # noqa: SLF001 - torch's names
 FUSED_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default  # noqa: SLF001
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+MOST_NUMBERS = 2**24
+"""Numbers that an operation makes with contents at most."""
 BACKWARD_SHARE = 2.5
 """Products of fused attention's backward pass by those of its forward pass: five for two."""
 
 
-class Ledger(TorchDispatchMode):
+class Light(TorchDispatchMode):
+    """Runs operations for real, but those that would make much memory on tensors without contents.
+
+    Masks of attention grow with the square of a row's length; nobody asks for their contents.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs an operation."""
+        with made_up() if _size(func, args) > MOST_NUMBERS else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+class Ledger(Light):
     """Counts the bytes of all storages that are alive, the most at a time, and the seconds.
 
     An operation takes as long as its products at the machine's rate, or as its tensors to be read
@@ -75,7 +91,7 @@ class Ledger(TorchDispatchMode):
             return 0.0 if args[0].dtype.is_floating_point else 0
         if func in INDEXING:
             args = (args[0], _places(args[1]), *args[2:])
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, _types, args, kwargs)
         made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         for tensor in made:
             self._enter(tensor)
@@ -104,6 +120,21 @@ class Ledger(TorchDispatchMode):
 
     def _leave(self, key: int) -> None:
         self.live -= self._known.pop(key)
+
+
+def _size(func: Any, args: Sequence[Any]) -> int:
+    """Returns how many numbers an operation on tensors with contents makes, about."""
+    tensors = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
+    if func.is_view or any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return 0
+    if not tensors:  # made from sizes
+        sizes = args[0] if args and isinstance(args[0], Sequence) else args[:1]
+        return math.prod(size for size in sizes if isinstance(size, int))
+    joined = sum(tensor.numel() for tensor in tensors)
+    try:
+        return max(joined, math.prod(torch.broadcast_shapes(*(one.shape for one in tensors))))
+    except RuntimeError:  # no operation of number by number
+        return joined
 
 
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -1,9 +1,9 @@
 """What each stage of a recipe needs of a machine: bytes of one device, seconds of one step."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from pipeline.distributed import num_cores
 from pipeline.doctor.blueprint import Blueprint
 from pipeline.doctor.dividing import divided, shares_base
 from pipeline.doctor.evaluating import rehearse_policies, rehearse_pretrained, rehearse_scoring
-from pipeline.doctor.ledger import Ledger
 from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
 from pipeline.doctor.need import Need, Peak
 from pipeline.doctor.rehearsal import (
@@ -27,13 +26,12 @@ from pipeline.doctor.rehearsal import (
     rehearse_reward,
     training_rows,
 )
+from pipeline.doctor.scaling import Act, Scaling, of_replies
 from pipeline.doctor.seen import Rehearsal, reply_seconds
-from pipeline.doctor.ways import ways_of
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 from pipeline.ppo.engine_settings import Engine
 from pipeline.ppo.rollout import MOST_ROWS
-from pipeline.progress import without_bars
 
 LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.53,
              "evaluate": 0.59}  # fmt: skip
@@ -79,15 +77,10 @@ class Planner:
             return self._evaluate(config, configs)
         return self._reward(config, stage)
 
-    def rehearse(self, act: Callable[[Blueprint, Ledger], Rehearsal]) -> Rehearsal:
-        """Returns a rehearsal of the whole depth out of those of two layers and of three."""
-        two, three = (self._act(act, layers) for layers in (2, 3))
-        return two.at(self.blueprint.layers, three)
-
-    def _act(self, act: Callable[[Blueprint, Ledger], Rehearsal], layers: int) -> Rehearsal:
-        ledger = Ledger(self.machine.rates)
-        with ways_of(ledger, is_gpu=self.machine.is_gpu), without_bars():
-            return act(self.blueprint.of_depth(layers), ledger)
+    def rehearse(self, act: Act, *, rows: int, length: int) -> Rehearsal:
+        """Returns what an act makes of so many rows of so many tokens."""
+        scaling = Scaling(blueprint=self.blueprint, machine=self.machine)
+        return scaling.rehearse(act, rows=rows, length=length)
 
     @cached_property
     def copy_bytes(self) -> float:
@@ -105,9 +98,17 @@ class Planner:
         return choose_precision(wanted)
 
     def _measured(self, config: Any) -> Need:
-        batch = training_rows(config.training.microbatch_size, config.sequence_length)
-        quantised = config.quantise == "4bit"
-        rehearsal = self.rehearse(partial(rehearse_measuring, batch=batch, quantised=quantised))
+        length = config.sequence_length
+        rehearsal = self.rehearse(
+            lambda blueprint, ledger, rows: rehearse_measuring(
+                blueprint,
+                ledger,
+                batch=training_rows(rows, length),
+                quantised=config.quantise == "4bit",
+            ),
+            rows=config.training.microbatch_size,
+            length=length,
+        )
         seconds = rehearsal.moments["validation"].seconds
         peaks = [self._peak(rehearsal, "validation")]
         return self._most("pretrain", peaks, seconds=seconds, unit="batch")
@@ -117,14 +118,16 @@ class Planner:
         lora = config.lora if adapted else NO_LORA
         length = config.max_length if adapted else config.sequence_length
         rehearsal = self.rehearse(
-            lambda blueprint, ledger: rehearse_language_model(
+            lambda blueprint, ledger, rows: rehearse_language_model(
                 blueprint,
                 ledger,
                 training=config.training,
                 lora=lora,
-                batch=training_rows(config.training.microbatch_size, length),
+                batch=training_rows(rows, length),
                 passes=self._passes(config),
-            )
+            ),
+            rows=config.training.microbatch_size,
+            length=length,
         )
         peaks = [
             self._peak(rehearsal, "validation"),
@@ -135,13 +138,13 @@ class Planner:
     def _reward(self, config: Any, stage: str) -> Need:
         texts, length = self.ranking, config.max_length
         rehearsal = self.rehearse(
-            lambda blueprint, ledger: rehearse_reward(
+            lambda blueprint, ledger, rows: rehearse_reward(
                 blueprint,
                 ledger,
                 training=config.training,
                 lora=config.lora,
                 batch=rankings(
-                    rows=config.training.microbatch_size,
+                    rows=rows,
                     texts=texts,
                     prompt=max(1, int(PROMPT_SHARE * length)),
                     length=length,
@@ -149,7 +152,9 @@ class Planner:
                 ),
                 dropout=config.dropout,
                 passes=self._passes(config),
-            )
+            ),
+            rows=config.training.microbatch_size,
+            length=texts * length,
         )
         peaks = [
             self._peak(rehearsal, "validation"),
@@ -173,9 +178,6 @@ class Planner:
         passes = min(2, micros)
         settings = replace(
             config.settings(torch.device("cpu")),
-            prompts_per_update=passes * micro,
-            minibatch_size=passes * micro,
-            microbatch_size=micro,
             precision=self.precision(config.precision),
             workers=1,
             engine=Engine(),  # what else samples is not of this process
@@ -188,16 +190,23 @@ class Planner:
             rows=rows, prompt=config.max_prompt_tokens, response=config.max_response_tokens
         )
         rehearsal = self.rehearse(
-            lambda blueprint, ledger: rehearse_ppo(
+            lambda blueprint, ledger, rows: rehearse_ppo(
                 blueprint,
                 ledger,
-                settings=settings,
+                settings=replace(
+                    settings,
+                    prompts_per_update=passes * rows,
+                    minibatch_size=passes * rows,
+                    microbatch_size=rows,
+                ),
                 roles=config.roles,
                 loras=(config.lora, reward.lora),
                 replies=replies,
                 recomputes=config.activation_checkpointing,
                 copies=self.machine.sharding.divides_weights,
-            )
+            ),
+            rows=micro,
+            length=passes * config.longest,
         )
         peaks = list(self._updating(rehearsal, config))
         moments = rehearsal.moments
@@ -247,7 +256,9 @@ class Planner:
         quantised = shared and ppo.lora.quantise == "4bit"
         scoring = configs["reward"].lora if shared else NO_LORA
         one_after_the_other = [
-            self.rehearse(partial(act, replies=replies, **more))
+            self.rehearse(
+                of_replies(act, replies, **more), rows=config.batch_size, length=ppo.longest
+            )
             for act, more in (
                 (rehearse_policies, {"lora": ppo.lora if shared else None}),
                 (rehearse_pretrained, {"quantised": quantised}),
@@ -304,11 +315,10 @@ class Planner:
             prompt=max(1, config.max_length - wanted.response_tokens),
             response=wanted.response_tokens,
         )
-        quantised = config.lora.quantise == "4bit"
         spoken = self.rehearse(
-            lambda blueprint, ledger: rehearse_generation(
-                blueprint, ledger, replies, quantised=quantised
-            )
+            of_replies(rehearse_generation, replies, quantised=config.lora.quantise == "4bit"),
+            rows=replies.rows,
+            length=replies.prompt + replies.response,
         )
         name = max(REPLYING, key=lambda name: spoken.moments[name].most)
         working = spoken.moments[name].most - spoken.weights

@@ -14,11 +14,14 @@ from pipeline.config import require
 from pipeline.doctor.blueprint import Blueprint
 from pipeline.errors import told
 from pipeline.pretrained import from_pretrained
+from pipeline.weights import check_it_continues
 
 PATIENCE = 3.0
 """Seconds that the hub has to answer for a model's config.json."""
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 """A model on the hub, and the commit that is meant, if any."""
+OTHERS = ("model_type", "id2label", "label2id")
+"""Of a model's configuration what does not say how large it is: labels are ours."""
 PAIR = 2
 """Texts of a ranking that is a pair."""
 
@@ -78,8 +81,9 @@ class Recipe:
                 "here. Say in its section architecture what it is (model_type, options)",
             )
             assert config is not None
-            kept = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-            return Blueprint(model_type=config.model_type, options=kept, packs=packs)
+            kept = {key: value for key, value in config.to_dict().items() if key not in OTHERS}
+            found = Blueprint(model_type=config.model_type, options=kept, packs=packs)
+            return _checked(found, pretrain.init_from)
         require(
             said.model_type in CONFIG_MAPPING,
             f"architecture.model_type: {said.model_type!r} unknown",
@@ -89,10 +93,8 @@ class Recipe:
                 "vocab_size": self.vocabulary(),
                 "max_position_embeddings": pretrain.context_length or pretrain.sequence_length,
             }
-        with told(f"architecture: {said.model_type}"):
-            found = Blueprint(model_type=said.model_type, options=options, packs=packs)
-            found.config()
-        return found
+        found = Blueprint(model_type=said.model_type, options=options, packs=packs)
+        return _checked(found, "architecture.model_type")
 
     def vocabulary(self) -> int:
         """Returns the tokens of the run's tokenizer, or the most that it may have."""
@@ -102,6 +104,18 @@ class Recipe:
 
             return len(load_tokenizer(file.parent))
         return int(self.configs["tokenizer"].vocabulary_size)
+
+
+def _checked(blueprint: Blueprint, where: str) -> Blueprint:
+    """Returns a blueprint of which the stages could make a language model.
+
+    Raises:
+        UserError: they could not.
+    """
+    with told(f"{where}: no causal language model of {blueprint.model_type} could be made"):
+        model = blueprint.of_depth(2).causal_lm()
+    check_it_continues(model, where)
+    return blueprint
 
 
 @functools.cache

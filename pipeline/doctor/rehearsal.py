@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.attention import attention_of
 from pipeline.doctor.blueprint import Blueprint, roles_of
-from pipeline.doctor.ledger import Ledger, hollow
+from pipeline.doctor.ledger import Ledger, Light, hollow
 from pipeline.doctor.seen import Rehearsal, Stage
 from pipeline.fitting import mean_nll, prefer_fast_attention
 from pipeline.language_loss import labelled_nll, plain_head
@@ -28,7 +28,7 @@ from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.data import RankingCollator
 from pipeline.reward.loss import comparison_loss
 from pipeline.reward.scores import PASS_TEXTS, raw_scores
-from pipeline.reward.training import add_dropout, ranking_scores
+from pipeline.reward.training import add_dropout, ranking_scores, telling_of_packing
 from pipeline.training import Training
 
 ROLES = ("policy", "reference", "reward model", "value")
@@ -157,7 +157,8 @@ def rehearse_reward(
         pairs = {"better": batch["better"], "worse": batch["worse"], "targets": batch["labels"]}
         return comparison_loss(scores, **pairs)
 
-    with ledger:
+    packs = "rows" in batch and not model.is_backend_compatible()
+    with telling_of_packing(model.config) if packs else contextlib.nullcontext(), ledger:
         optimizer = build_optimizer(trained, training)
         stage.settle([optimizer], foreach=not blueprint.packs)
         _rehearse_training(stage, trained, loss, optimizer=optimizer, passes=passes)
@@ -183,7 +184,8 @@ def rankings(*, rows: int, texts: int, prompt: int, length: int, packed: bool) -
         "worse": torch.tensor([1]),
         "targets": torch.ones(1),
     }
-    return RankingCollator(pad_id=PAD, packed=packed)([row] * rows) | {"length": length}
+    with Light():
+        return RankingCollator(pad_id=PAD, packed=packed)([row] * rows) | {"length": length}
 
 
 def _adapted(model: Any, lora: LoRA, *, task: str, recomputes: bool) -> Any:

@@ -1,7 +1,7 @@
 """What was seen of a stage's rehearsal: what it holds, and every piece of its work."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,9 +64,14 @@ class Rehearsal:
 
         In a single layer the embeddings are its input; from two on they are held beside it.
         """
+        gathered = max((role.weights for role in self.roles.values()), default=0.0)
+        return replace(self.along(other, layers - 2.0), gathered=gathered)
+
+    def along(self, other: "Rehearsal", share: float) -> "Rehearsal":
+        """Returns what lies on the line from this rehearsal, at 0, through the other, at 1."""
 
         def line(ours: float, theirs: float) -> float:
-            return ours + (layers - 2) * (theirs - ours)
+            return ours + share * (theirs - ours)
 
         moments = {
             name: Moment(
@@ -88,7 +93,7 @@ class Rehearsal:
                 )
                 for name, role in self.roles.items()
             },
-            gathered=max(role.weights for role in self.roles.values()),
+            gathered=self.gathered,
         )
 
 

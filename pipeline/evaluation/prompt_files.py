@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.formats import check_row
 from pipeline.errors import UserError
-from pipeline.shapes import is_text
 from pipeline.storage import parse_json, text_lines
 
 Prompt = str | list[dict[str, str]]
@@ -28,7 +28,8 @@ def read_prompts(path: Path) -> list[Prompt]:
             text file with one prompt a line; empty lines are skipped.
 
     Raises:
-        UserError: missing file, a malformed row (its line is named), or no prompt at all.
+        UserError: missing file, a row that the data stage would refuse too (its line is named), or
+            no prompt at all.
     """
     if not path.is_file():
         raise UserError(f"generate.prompts: no such file: {path}")
@@ -82,14 +83,9 @@ def _partial(path: Path) -> Path:
 def _parse(line: str, *, where: str) -> Prompt:
     row = parse_json(line, where=where)
     prompt: Any = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-    if is_text(prompt) and prompt.strip():
-        return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return prompt
-    raise UserError(
-        f"{where}: needs `prompt`, a text or a list of messages with `role` and `content`"
-    )
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and is_text(value.get("role")) and is_text(value.get("content"))
+    if prompt is None:
+        raise UserError(
+            f"{where}: needs `prompt`, a text or a list of messages with `role` and `content`"
+        )
+    checked: Prompt = check_row({"prompt": prompt}, "prompts", where=where)["prompt"]
+    return checked

@@ -12,7 +12,13 @@ from pipeline.ppo.diagnosis import PREFIX, RULES, Rule
 from pipeline.ppo.keep import kept_rollouts
 from pipeline.reporting.charts import Chart
 from pipeline.reporting.curves import charts_of, curves
-from pipeline.reporting.figures import bin_name, frontier, guard_charts, reward_charts
+from pipeline.reporting.figures import (
+    bin_name,
+    calibration_note,
+    frontier,
+    guard_charts,
+    reward_charts,
+)
 from pipeline.spacing import evenly_spaced
 from pipeline.storage import flatten, read_json, read_jsonl
 
@@ -89,6 +95,7 @@ def page_content(artifacts: Mapping[str, Artifact], *, title: str) -> dict[str, 
         "reward_sets": report.get("sets", {}),
         "reward_gap": report.get("min_gap"),
         "reward_charts": reward_charts(report),
+        "calibration_note": calibration_note(report),
         "bin_name": bin_name,
         "samples": choose_samples(records),
         "stages": stages,

@@ -117,6 +117,28 @@ def _series(
     )
 
 
+def calibration_note(report: Mapping[str, Any]) -> str:
+    """Returns the sentence that says what each set's calibration is held against.
+
+    Reports of before it was written down held it against the order.
+    """
+    told = (
+        ("raters", "the share of raters who agree, one of each text and equal ratings half"),
+        ("order", "whether the order of the mean ratings agrees"),
+    )
+    sets = {name: one for name, one in report.get("sets", {}).items() if one["num_pairs"]}
+    names = {
+        key: [
+            name
+            for name, one in sets.items()
+            if one["calibration"].get("observed_by", "order") == key
+        ]
+        for key, _ in told
+    }
+    parts = [f"{words} ({', '.join(names[key])})" for key, words in told if names[key]]
+    return f"Calibration holds the probability of the model's choice against {'; '.join(parts)}."
+
+
 def reward_charts(report: Mapping[str, Any]) -> list[Chart]:
     """Returns calibration and accuracy by margin and by length difference, all sets in each."""
     sets = {name: one for name, one in report.get("sets", {}).items() if one["num_pairs"]}
@@ -136,7 +158,7 @@ def reward_charts(report: Mapping[str, Any]) -> list[Chart]:
             "Calibration",
             series=calibration,
             x_label="probability the model gives its choice",
-            y_label="share it is right",
+            y_label="share that agrees",
             diagonal=True,
         ),
         _by_bin("Accuracy by rating gap", sets, "by_margin", x_label="difference of mean ratings"),

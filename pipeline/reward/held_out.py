@@ -1,5 +1,7 @@
 """The report on held-out texts: what the model, the bag of words and the raters say of them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +18,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a reward model was trained to do, by the names of its stage's settings."""
+
+    row_type: str
+    """preferences or guard_preferences."""
+    max_length: int
+    """Longer texts are left out, as in training; the bag of words learns from the same texts."""
+    report_gap: float
+    """Least difference of mean ratings of a pair that counts."""
+    labels: str
+    """hard or raters: what the model learned to predict, by which its calibration is judged."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Trained":
+        """Returns what the settings of a reward model's stage say."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+
+
 def held_out_report(
     model: "PreTrainedModel",
     *,
     reading: Reading,
     data: Path,
     split: str,
-    row_type: str = "preferences",
-    max_length: int = 128,
-    min_gap: float = 0.5,
+    trained: Trained,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Returns the report on a split's texts, bag of words and human ceiling included.
@@ -36,16 +55,18 @@ def held_out_report(
         reading: how the model reads text.
         data: folder of the data stage.
         split: validation for choices; test is read by `evaluate` alone.
-        row_type: preferences or guard_preferences.
-        max_length: longer texts are left out, as in training; the bag of words learns from the
-            same texts as the model.
-        min_gap: least difference of mean ratings of a pair that counts.
+        trained: what the model was trained to do.
         seed: seed of the bootstrap and of the baseline's sample of comparisons.
     """
     training, held_out = (
-        encode(read_rankings(data, row_type, split=name), reading=reading, max_length=max_length)
+        encode(
+            read_rankings(data, trained.row_type, split=name),
+            reading=reading,
+            max_length=trained.max_length,
+        )
         for name in ("train", split)
     )
+    min_gap, soft = trained.report_gap, trained.labels == "raters"
     scores = raw_scores(
         model,
         held_out.texts,
@@ -55,7 +76,8 @@ def held_out_report(
     sets = rated_sets(
         held_out, scores=scores, training=training.rankings, min_gap=min_gap, seed=seed
     )
-    return {"split": split, **reward_report(sets, min_gap=min_gap, seed=seed)}
+    report = reward_report(sets, min_gap=min_gap, soft=soft, seed=seed)
+    return {"split": split, **report}
 
 
 def rated_sets(
@@ -82,7 +104,11 @@ def rated_sets(
         members = [ranking for ranking in held_out.rankings if ranking.set == name]
         texts, ratings, scales = flat(members)
         learned = [ranking for ranking in training or [] if ranking.set == name]
-        raters = [given for ranking in members for given in ranking.ratings or []]
+        raters = [
+            given
+            for ranking in members
+            for given in ranking.ratings or [[] for _ in ranking.responses]
+        ]
         sets[name] = RatedSet(
             scores=np.concatenate(
                 [part for part, r in zip(parts, held_out.rankings, strict=True) if r.set == name]
@@ -92,7 +118,7 @@ def rated_sets(
             scales=scales,
             groups=[ranking.group for ranking in members for _ in ranking.responses],
             baseline=_baseline(learned, texts, min_gap=min_gap, seed=seed) if learned else None,
-            raters=raters if len(raters) == len(texts) else None,
+            raters=raters if any(raters) else None,
         )
     return sets
 

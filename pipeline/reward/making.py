@@ -26,7 +26,7 @@ from pipeline.reward.data import (
     mean_padding_frac,
     read_rankings,
 )
-from pipeline.reward.held_out import held_out_report, rated_sets
+from pipeline.reward.held_out import Trained, held_out_report, rated_sets
 from pipeline.reward.reading import Reading, TokenReading, Words, limit_of, load_reading
 from pipeline.reward.report import pair_accuracy
 from pipeline.reward.scores import raw_scores
@@ -36,6 +36,7 @@ from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
     average_at_first,
+    check_packing,
     reward_model_from,
 )
 from pipeline.storage import write_json
@@ -87,9 +88,7 @@ def make_reward_model(config: RewardConfig, stage: StageRun, *, device: Any) -> 
         reading=reading,
         data=data,
         split="validation",
-        row_type=config.row_type,
-        max_length=config.max_length,
-        min_gap=config.report_gap,
+        trained=Trained.of(config.content()),
         seed=config.seed,
     )
     if stage.is_main:
@@ -154,7 +153,8 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
     """Returns the body of init_from, or of the SFT model, with a new head.
 
     Raises:
-        UserError: the architecture has not the layers for averaging_layers or dropout.
+        UserError: the architecture has not the layers for averaging_layers or dropout, or does not
+            read packed texts.
     """
     model = reward_model_from(
         config.init_from or sft,
@@ -162,6 +162,8 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
         seed=config.seed,
         quantisation=quantisation(config.lora.quantise),
     )
+    if config.pack and not config.init_from:
+        check_packing(model)
     average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
 from pipeline.evaluation.statistics import Estimate, ratio, resample
+from pipeline.reward.loss import rater_targets
 
 MARGIN_EDGES = (0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
 """Bins of the difference of mean ratings, from the least that counts on; the last is open."""
@@ -18,6 +20,8 @@ CALIBRATION_BINS = 10
 BOOTSTRAP_SAMPLES = 500
 RATER_DRAWS = 20
 """Draws of one rater per text that the human ceiling averages."""
+CHUNK_PAIRS = 2**18
+"""Pairs whose raters are compared at once: some 20 MB."""
 
 Texts = Float[np.ndarray, " text"]
 Pairs = Int[np.ndarray, " pair"]
@@ -36,7 +40,8 @@ class RatedSet:
             one name for each pair or ranking otherwise.
         groups: document of each text.
         baseline: the bag-of-words model's score, or None.
-        raters: every rater's rating of each text, or None.
+        raters: every rater's rating of each text, empty where they are not known; None where none
+            are.
     """
 
     scores: Texts
@@ -45,20 +50,24 @@ class RatedSet:
     scales: Sequence[str]
     groups: Sequence[str]
     baseline: Texts | None = None
-    raters: Sequence[Sequence[int]] | None = None
+    raters: Sequence[list[int]] | None = None
 
 
 def reward_report(
-    sets: Mapping[str, RatedSet], *, min_gap: float = 0.5, seed: int = 0
+    sets: Mapping[str, RatedSet], *, min_gap: float = 0.5, soft: bool = True, seed: int = 0
 ) -> dict[str, Any]:
     """Returns the report of every set as plain JSON values, and the mean accuracy over sets.
 
     Args:
         sets: held-out texts by the name of their set.
         min_gap: a pair counts when its mean ratings differ by at least this much.
+        soft: the model was trained on the raters' distribution, where it is known.
         seed: seed of the bootstrap and of the draws of one rater.
     """
-    reports = {name: set_report(rated, min_gap=min_gap, seed=seed) for name, rated in sets.items()}
+    reports = {
+        name: set_report(rated, min_gap=min_gap, soft=soft, seed=seed)
+        for name, rated in sets.items()
+    }
     known = [report["accuracy"]["value"] for report in reports.values() if report["num_pairs"]]
     return {
         "min_gap": min_gap,
@@ -67,7 +76,7 @@ def reward_report(
     }
 
 
-def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
+def set_report(rated: RatedSet, *, min_gap: float, soft: bool = True, seed: int) -> dict[str, Any]:
     """Returns accuracy with interval, rivals, bins and calibration of one set, as JSON values."""
     better, worse = comparable_pairs(rated.ratings, rated.scales, min_gap=min_gap)
     report: dict[str, Any] = {"num_texts": len(rated.ratings), "num_pairs": len(better)}
@@ -94,7 +103,12 @@ def set_report(rated: RatedSet, *, min_gap: float, seed: int) -> dict[str, Any]:
     edges = [min_gap, *(edge for edge in MARGIN_EDGES if edge > min_gap)]
     report["by_margin"] = binned(hits, gap, edges=edges)
     report["by_length_difference"] = binned(hits, longer, edges=LENGTH_EDGES)
-    report["calibration"] = calibration(rated.scores, better=better, worse=worse)
+    targets = preferences(rated, better=better, worse=worse, soft=soft)
+    by_raters = soft and rated.raters is not None
+    report["calibration"] = {
+        "observed_by": "raters" if by_raters else "order",
+        **calibration(rated.scores, better=better, worse=worse, targets=targets),
+    }
     report["correlation"] = correlation(rated.scores, rated.ratings)
     return report
 
@@ -238,15 +252,50 @@ def binned(
     return rows
 
 
-def calibration(scores: Texts, *, better: Pairs, worse: Pairs) -> dict[str, Any]:
+def preferences(
+    rated: RatedSet, *, better: Pairs, worse: Pairs, soft: bool
+) -> Float[np.ndarray, " pair"]:
+    """Returns what a model trained as this one should predict of each pair: P(better wins).
+
+    Args:
+        rated: the texts.
+        better: index of each pair's text with the higher mean.
+        worse: index of each pair's text with the lower mean.
+        soft: the probability that one rater prefers it, as in training, where the raters of both
+            texts are known; else 1, since of means only their order is learned.
+    """
+    wins = np.ones(len(better))
+    if not soft or rated.raters is None:
+        return wins
+    known = np.array([bool(ratings) for ratings in rated.raters])
+    told = np.flatnonzero(known[better] & known[worse])
+    for pairs in np.split(told, range(CHUNK_PAIRS, len(told), CHUNK_PAIRS)):
+        wins[pairs] = rater_targets(
+            list(rated.raters),
+            better=torch.from_numpy(better[pairs]),
+            worse=torch.from_numpy(worse[pairs]),
+        ).numpy()
+    return wins
+
+
+def calibration(
+    scores: Texts, *, better: Pairs, worse: Pairs, targets: Float[np.ndarray, " pair"]
+) -> dict[str, Any]:
     """Returns predicted against observed probability, in bins, and the expected calibration error.
 
     A pair is told in the direction the model prefers: its probability sigmoid(difference) is at
-    least a half, and it is right when raters agree. ECE = sum of n_bin/n |predicted - observed|.
+    least a half. ECE = sum of n_bin/n |predicted - observed|: 0 of a model that predicts the
+    targets.
+
+    Args:
+        scores: of the texts.
+        better: index of each pair's better text.
+        worse: index of each pair's worse text.
+        targets: probability that `better` wins.
     """
     difference = scores[better] - scores[worse]
     predicted = 1 / (1 + np.exp(-np.abs(difference)))
-    right = (1.0 + np.sign(difference)) / 2
+    right = 0.5 + np.sign(difference) * (targets - 0.5)
     place = np.minimum(((predicted - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     bins, error = [], 0.0
     for index in np.unique(place):

@@ -1,5 +1,6 @@
 """Training over rankings on Hugging Face's Trainer, and the model it starts from."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.distributed import in_step
-from pipeline.errors import UserError
+from pipeline.errors import UserError, told
 from pipeline.logprobs import wide
 from pipeline.models import head_of, load_with_new_head
 from pipeline.optim import OptimizerKeeper
+from pipeline.reward.data import RankingCollator
 from pipeline.reward.loss import comparison_loss
 from pipeline.sharding import call_of, in_one_pass, is_in_parts
 from pipeline.streams import stream
+
+ROUNDING = 1e-3
+"""Largest difference of two scores, which are of the order of 1, that is put down to rounding."""
 
 
 class RankingTrainer(OptimizerKeeper):
@@ -104,6 +109,38 @@ def reward_model_from(
         spread = 1 / math.sqrt(weight.shape[1] + 1)
         weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
     return model
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Raises UserError where a model does not read packed texts as it reads each by itself.
+
+    Tried with models whose layers do not take their attention by name: some read no mask but one of
+    padding (BLOOM).
+    """
+    if model.is_backend_compatible() or is_in_parts(model) or model.device.type != "cpu":
+        return
+    prompt, texts = [1, 2], [[3, 4, 5], [6], [7, 8]]
+    row = {
+        "sequences": [[*prompt, *text] for text in texts],
+        "starts": [len(prompt)] * len(texts),
+        **{name: torch.zeros(0) for name in ("better", "worse", "targets")},
+    }
+    together, apart = (
+        RankingCollator(pad_id=model.config.pad_token_id, packed=packed)([row])
+        for packed in (True, False)
+    )
+    alone = ranking_scores(model, apart, unwrapped=model)
+    with telling_of_packing(model.config):
+        scores = ranking_scores(model, together, unwrapped=model)
+        if not torch.allclose(scores, alone, rtol=ROUNDING, atol=ROUNDING):
+            raise ValueError("it reads them otherwise than alone")
+
+
+def telling_of_packing(config: Any) -> contextlib.AbstractContextManager[None]:
+    """Returns the context of a trial in which whatever is raised says that texts are not packed."""
+    what = f"pack: {config.model_type} does not read texts side by side"
+    return told(what, mend="Set pack of the reward stage to false")
 
 
 def add_dropout(model: PreTrainedModel, *, probability: float) -> None:

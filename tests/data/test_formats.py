@@ -1,5 +1,6 @@
 """Row formats: what is taken, in which form, and every refusal's message."""
 
+import numpy as np
 import pytest
 
 from pipeline.data.formats import check_row, read_rows, row_texts
@@ -65,6 +66,15 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1, -1]}
 )
 def test_rows_that_are_taken(row_type, row, expected):
     assert check_row(row, row_type, where="here") == expected
+
+
+@pytest.mark.parametrize("nothing", [None, "", float("nan"), np.float64("nan")])
+def test_a_missing_group_is_none_however_a_table_writes_it(nothing):
+    rows = [{"text": text, "group": nothing} for text in ("one", "two")]
+    assert [check_row(row, "text", where="here")["group"] for row in rows] == ["one", "two"]
+    ranked = RANKING | {"set": nothing, "group": nothing}
+    checked = check_row(ranked, "preferences", where="here")
+    assert (checked["set"], checked["group"]) == ("own", "p")
 
 
 @pytest.mark.parametrize(

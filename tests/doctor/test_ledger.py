@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from pipeline.doctor.ledger import Ledger, hollow, made_up
 from pipeline.doctor.machine import Rates
@@ -42,6 +43,18 @@ def test_what_the_way_back_needs_is_alive_until_then():
         loss.backward()
         del loss
     assert ledger.live == 600 + 400  # and the gradient
+
+
+def test_what_would_fill_the_memory_has_no_contents(monkeypatch):
+    monkeypatch.setattr("pipeline.doctor.ledger.MOST_NUMBERS", 100)
+    ledger = Ledger(RATES)
+    with ledger:
+        few, row = torch.ones(10), torch.ones(1, 20)
+        assert not isinstance(few + 1, FakeTensor)
+        assert isinstance(few[:, None] + row, FakeTensor)
+        assert isinstance(torch.ones(11, 10), FakeTensor)
+        assert isinstance(torch.cat([few] * 11), FakeTensor)
+        assert ledger.peak >= 4 * 200  # and counts all the same
 
 
 def test_products_take_their_operations_and_other_work_its_bytes():

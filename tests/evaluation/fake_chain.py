@@ -20,7 +20,7 @@ from tests.reporting.fakes import CHAIN
 from tests.support import tiny_llama, tiny_reward_model
 
 STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo")
-TRAINED = {"row_type": "preferences", "max_length": 40, "report_gap": 0.5}
+TRAINED = {"row_type": "preferences", "max_length": 40, "report_gap": 0.5, "labels": "hard"}
 PPO = {"max_prompt_tokens": 30, "max_response_tokens": 6}
 WORDS = TEXT.split()
 

@@ -33,15 +33,23 @@ def test_json_lines_hold_texts_or_messages(tmp_path):
     assert read_prompts(written(tmp_path, "p.jsonl", text)) == ["hello", MESSAGES, MESSAGES]
 
 
+def talk(*roles: str) -> str:
+    """A row whose messages are of these roles."""
+    return json.dumps({"messages": [{"role": role, "content": "hi"} for role in roles]})
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ('{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
         ('{"text": "a"}', "line 1: needs `prompt`"),
-        ('\n{"prompt": "  "}', "line 2: needs `prompt`"),
+        ('\n{"prompt": "  "}', "line 2: prompt is empty"),
+        ('{"prompt": 3}', "line 1: prompt must be a text, got int"),
         ('["a"]', "line 1: needs `prompt`"),
-        ('{"prompt": [{"role": "user"}]}', "line 1: needs `prompt`"),
-        ('{"prompt": []}', "line 1: needs `prompt`"),
+        ('{"prompt": [{"role": "user"}]}', "line 1: content is missing"),
+        ('{"prompt": []}', "line 1: prompt must be a list of messages, and not empty"),
+        (talk("user", "assistant"), "line 1: prompt must end with a message of the user"),
+        (talk("bot", "user"), "line 1: a message of prompt needs a role of system, user, assist"),
         ("\n \n", "holds no prompt"),
     ],
 )

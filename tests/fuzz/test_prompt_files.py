@@ -14,7 +14,7 @@ from tests.fuzz.support import as_json, assert_clear, damaged, damaged_bytes, fu
 
 ROWS = (
     {"prompt": "what a great day"},
-    {"prompt": [{"role": "user", "content": "music"}, {"role": "assistant", "content": "yes"}]},
+    {"prompt": [{"role": "assistant", "content": "yes?"}, {"role": "user", "content": "music"}]},
     {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]},
 )
 

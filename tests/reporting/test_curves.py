@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.reporting.charts import Series, bin_chart, chart
 from pipeline.reporting.curves import charts_of, curves
-from pipeline.reporting.figures import bin_name, frontier, reward_charts
+from pipeline.reporting.figures import bin_name, calibration_note, frontier, reward_charts
 from tests.evaluation.fakes import records
 from tests.reporting.fakes import results_of
 
@@ -78,6 +78,18 @@ def test_without_a_course_or_control_the_policies_remain():
     results = results_of(records(20)) | {"best_of_n": []}
     for one in frontier(results, course={}):
         assert one.description.endswith(": SFT, PPO by KL to SFT, nats per response")
+
+
+def test_what_calibration_is_held_against_is_told_of_every_set():
+    sets = {
+        name: {"num_pairs": 3, "calibration": {"observed_by": by} if by else {}}
+        for name, by in (("tweets", "raters"), ("pairs", "order"), ("former", None))
+    }
+    assert calibration_note({"sets": sets}) == (
+        "Calibration holds the probability of the model's choice against the share of raters who "
+        "agree, one of each text and equal ratings half (tweets); whether the order of the mean "
+        "ratings agrees (pairs, former)."
+    )
 
 
 def test_reward_charts_need_comparable_pairs():

@@ -1,6 +1,7 @@
 """The report on held-out texts: what each method learned from."""
 
 import numpy as np
+import pytest
 
 from pipeline.reward import held_out
 from pipeline.reward.reading import TokenReading
@@ -10,6 +11,11 @@ from tests.reward.test_data import RANKING, Letters
 
 class PaddedLetters(Letters):
     pad_token_id = 0
+
+
+def trained(**changes):
+    settings = {"row_type": "preferences", "max_length": 99, "report_gap": 0.5, "labels": "hard"}
+    return held_out.Trained(**(settings | changes))
 
 
 def test_the_bag_of_words_learns_from_the_texts_that_the_model_was_trained_on(
@@ -33,7 +39,23 @@ def test_the_bag_of_words_learns_from_the_texts_that_the_model_was_trained_on(
         reading=TokenReading(PaddedLetters()),
         data=tmp_path,
         split="test",
-        max_length=20,
+        trained=trained(max_length=20),
     )
     assert learned == ["good", "so so"]
     assert report["sets"]["tweets"]["bag_of_words"]["value"] == 0.5
+
+
+@pytest.mark.parametrize(("labels", "by"), [("raters", "raters"), ("hard", "order")])
+def test_a_model_is_held_against_what_it_was_trained_on(tmp_path, monkeypatch, labels, by):
+    raters = RANKING | {"ratings": [[2, 1], [1, 0], [0, 1]]}
+    for split in ("train", "test"):
+        write_rows(tmp_path, "preferences", split=split, rows=[raters])
+    monkeypatch.setattr(held_out, "raw_scores", lambda _, texts, **__: np.zeros(len(texts)))
+    report = held_out.held_out_report(
+        None,
+        reading=TokenReading(PaddedLetters()),
+        data=tmp_path,
+        split="test",
+        trained=trained(labels=labels),
+    )
+    assert report["sets"]["tweets"]["calibration"]["observed_by"] == by

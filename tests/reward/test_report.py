@@ -14,6 +14,7 @@ from pipeline.reward.report import (
     correlation,
     human_ceiling,
     pair_accuracy,
+    preferences,
     reward_report,
 )
 
@@ -109,11 +110,53 @@ def test_bins_are_half_open():
 def test_calibration_by_hand():
     # Differences log 3 (right) and -log 3 (wrong): told 0.75 twice, seen 0.5, so ECE 0.25.
     log3 = float(np.log(3))
-    told = calibration(np.array([log3, 0.0]), better=np.array([0, 1]), worse=np.array([1, 0]))
+    told = calibration(
+        np.array([log3, 0.0]),
+        better=np.array([0, 1]),
+        worse=np.array([1, 0]),
+        targets=np.ones(2),
+    )
     assert told["expected_calibration_error"] == pytest.approx(0.25)
     assert told["bins"] == [
         {"predicted": pytest.approx(0.75), "observed": 0.5, "num_pairs": 2},
     ]
+
+
+def test_targets_are_the_chance_of_one_rater_of_each_text():
+    # {3, 1} and {1, 2}: 3 beats both, 1 ties with 1 and loses to 2: (2 + 1/2) / 4. The third text
+    # has no raters, so that of its mean the order alone is known.
+    known = rated(ratings=np.array([2.0, 1.5, 0.0]), raters=[[3, 1], [1, 2], []])
+    pairs = {"better": np.array([0, 0]), "worse": np.array([1, 2])}
+    assert preferences(known, **pairs, soft=True) == pytest.approx([0.625, 1.0])
+    assert preferences(known, **pairs, soft=False) == pytest.approx([1.0, 1.0])
+
+
+def test_a_model_that_predicts_what_it_was_trained_on_is_calibrated(monkeypatch):
+    monkeypatch.setattr("pipeline.reward.report.CHUNK_PAIRS", 7)  # several chunks
+    generator = np.random.default_rng(0)
+    raters, scores = [], []
+    while len(raters) < 200:  # each pair a scale of its own, so that no third text binds scores
+        high, low = (generator.integers(0, 5, size=4).tolist() for _ in range(2))
+        won = np.mean([[(a > b) + (a == b) / 2 for b in low] for a in high])
+        if 0 < won < 1 and sum(high) > sum(low):
+            raters += [high, low]
+            scores += [np.log(won / (1 - won)), 0.0]
+    told = rated(
+        scores=np.array(scores),
+        ratings=np.array([np.mean(one) for one in raters]),
+        lengths=np.ones(200),
+        scales=[f"pair {text // 2}" for text in range(200)],
+        groups=["s"] * 200,
+        raters=raters,
+    )
+
+    def found(**changes) -> dict:
+        return reward_report({"x": told}, min_gap=0.0, **changes)["sets"]["x"]["calibration"]
+
+    assert found()["observed_by"] == "raters"
+    assert found()["expected_calibration_error"] < 1e-6
+    assert found(soft=False)["observed_by"] == "order"
+    assert found(soft=False)["expected_calibration_error"] > 0.1
 
 
 def test_correlation_of_a_constant_is_unknown():

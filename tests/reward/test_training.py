@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipeline.errors import UserError
 from pipeline.reward import constants, packing
@@ -18,6 +19,7 @@ from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
     average_at_first,
+    check_packing,
     reward_model_from,
 )
 from tests.support import assert_close, tiny_llama, tiny_reward_model
@@ -96,6 +98,33 @@ def test_packed_texts_are_apart_in_every_kind_of_attention(attention, bf16):
         whole = loss_of(model, rows, comparisons=total, packed=False)
     # A text that saw its neighbours would move the loss by some 1e-3; bf16 alone by less than 1e-4.
     assert_close(packed, whole, tolerance=3e-4 if bf16 else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "reads"),
+    [
+        ("gptj", {"n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}, True),
+        ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}, False),
+    ],
+)
+def test_a_model_that_reads_no_packed_texts_is_told_of_before_training(
+    model_type, options, reads, monkeypatch
+):
+    config = AutoConfig.for_model(
+        model_type, vocab_size=24, pad_token_id=0, num_labels=1, **options
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    if reads:
+        check_packing(model)
+        monkeypatch.setattr(packing, "_visible", everything_before)
+    with pytest.raises(UserError, match=rf"pack: {model_type} does not read texts.*Set pack of"):
+        check_packing(model)
+
+
+def everything_before(owner):
+    """What a token sees where nothing keeps texts apart."""
+    return torch.ones(*owner.shape, owner.shape[1], dtype=torch.bool).tril()
 
 
 def test_texts_that_are_read_whole_have_the_same_loss():

@@ -17,7 +17,7 @@ SMALL = [
     "--tracking=none",
     "--threads=1",
     "--num_prompts=12",
-    "--bootstrap_samples=50",
+    "--bootstrap_samples=100",
 ]
 
 
@@ -63,7 +63,9 @@ def test_every_figure_is_there(evaluated):
     tax = results["alignment_tax"]
     assert evaluated.summary["text_perplexity_ratio"] == tax["ratio"] == tax["ppo"] / tax["sft"]
     assert results["reward_model"]["split"] == "test"
-    assert results["reward_model"]["sets"]["tweets"]["num_pairs"] > 0
+    tweets = results["reward_model"]["sets"]["tweets"]
+    assert tweets["num_pairs"] > 0
+    assert tweets["calibration"]["observed_by"] == "order"  # the recipe's labels are hard
     assert evaluated.summary["gold_win_rate"] == results["comparison"]["gold_win_rate"]["value"]
     assert "| Gold win rate over SFT |" in (evaluated.path / "README.md").read_text()
 
@@ -181,6 +183,7 @@ def test_an_altered_parent_is_refused(chain, tmp_path, capsys, caplog):
         ),
         ("--num_prompts=0", "num_prompts: must be at least 1, got 0"),
         ("--batch_size=0", "batch_size: must be at least 1, got 0"),
+        ("--bootstrap_samples=99", "bootstrap_samples: must be at least 100, got 99"),
         ("--best_of.sizes=[4,2]", r"best_of.sizes: must be ascending numbers from 2 on"),
         ("--best_of.sizes=[1]", r"best_of.sizes: must be ascending numbers from 2 on"),
         ("--best_of.num_prompts=-1", "best_of.num_prompts: must be at least 0, got -1"),

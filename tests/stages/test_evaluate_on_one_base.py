@@ -21,7 +21,7 @@ SMALL = [
     "--threads=2",
     "--num_prompts=12",
     "--batch_size=4",
-    "--bootstrap_samples=50",
+    "--bootstrap_samples=100",
 ]
 ON_ONE_BASE = "--on_one_base=true"
 

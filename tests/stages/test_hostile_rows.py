@@ -19,7 +19,8 @@ from tests.fuzz.support import assert_clear
 
 MADE_UP = ("--chats.synthetic_conversations=24", "--ratings.synthetic_texts=60")
 FEW_STEPS = (
-    "--training.steps=2", "--training.minibatch_size=2", "--training.microbatch_size=1",
+    "--training.steps=2", "--training.warmup_steps=0",
+    "--training.minibatch_size=2", "--training.microbatch_size=1",
     "--training.eval_every=0", "--saving.every=0", "--eval_rows=4",
 )  # fmt: skip
 SETTINGS = {

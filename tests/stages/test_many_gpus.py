@@ -15,7 +15,7 @@ import stages.tokenizer
 from pipeline.config import load
 from tests.support import SMOKE
 
-FEW = ["--training.steps=1", "--saving.every=0"]
+FEW = ["--training.steps=1", "--training.warmup_steps=0", "--saving.every=0"]
 TRAINS = ("pretrain", "sft", "reward")
 
 

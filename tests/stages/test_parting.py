@@ -20,7 +20,7 @@ import stages.tokenizer
 from pipeline.config import load
 from tests.support import SMOKE
 
-FEW = ["--training.steps=2", "--saving.every=0"]
+FEW = ["--training.steps=2", "--training.warmup_steps=0", "--saving.every=0"]
 ENDLESS = {
     "sft": ["--training.steps=100000"],
     "reward": ["--training.steps=100000"],

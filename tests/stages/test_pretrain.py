@@ -181,7 +181,7 @@ def test_init_from_goes_on_from_a_folder(run_dir, monkeypatch):
 def test_init_from_with_another_tokenizer_is_refused(run_dir):
     from pipeline.tokenizer import train_tokenizer
 
-    pretrain.run(config_of(run_dir, steps=2))
+    pretrain.run(config_of(run_dir, steps=2, warmup_steps=1))
     (run_dir / "pretrain").rename(run_dir / "base")
     other = train_tokenizer(["some other words altogether"] * 3, vocabulary_size=300)
     other.save_pretrained(run_dir / "base")
@@ -191,7 +191,7 @@ def test_init_from_with_another_tokenizer_is_refused(run_dir):
 
 
 def test_init_from_without_a_tokenizer_is_refused(run_dir):
-    pretrain.run(config_of(run_dir, steps=2))
+    pretrain.run(config_of(run_dir, steps=2, warmup_steps=1))
     (run_dir / "pretrain").rename(run_dir / "base")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (run_dir / "base" / name).unlink()
@@ -260,7 +260,7 @@ def test_a_token_that_was_added_gets_a_row(gguf_run):
 
 
 def test_a_row_longer_than_the_models_context_is_refused(run_dir):
-    pretrain.run(config_of(run_dir, steps=2))
+    pretrain.run(config_of(run_dir, steps=2, warmup_steps=1))
     (run_dir / "pretrain").rename(run_dir / "base")
     config = replace(
         config_of(run_dir),

@@ -32,7 +32,7 @@ def parents(tmp_path_factory):
         module = getattr(stages, stage)
         config = load(module.Config, [*SMOKE, f"--run={folder}"], stage=stage)
         if hasattr(config, "training"):
-            few = {"steps": 2, "log_every": 1, "eval_every": 0}
+            few = {"steps": 2, "warmup_steps": 0, "log_every": 1, "eval_every": 0}
             config = replace(config, training=replace(config.training, **few))
         module.run(config)
     return folder

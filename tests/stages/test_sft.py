@@ -33,7 +33,7 @@ def parents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     for stage in ("data", "tokenizer", "pretrain"):
         module = getattr(stages, stage)
-        fewer = ["--training.steps=2"] if stage == "pretrain" else []
+        fewer = ["--training.steps=2", "--training.warmup_steps=0"] if stage == "pretrain" else []
         module.run(load(module.Config, [*SMOKE, *fewer, f"--run={folder}"], stage=stage))
     return folder
 
