@@ -1,7 +1,6 @@
 """Models of a folder or hub id: loaded whole or not at all, whatever stands in their files."""
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -89,7 +88,7 @@ def check_it_continues(model: Any, where: str) -> None:
     """Raises UserError where a model of Transformers' causal ones cannot continue a text here.
 
     Those of encoders read what stands behind a token too, unless their configuration makes them
-    decoders, and Transformers only warns. Recurrent models keep states of their own kinds.
+    decoders, and Transformers only warns.
 
     Args:
         model: with weights or without.
@@ -100,11 +99,6 @@ def check_it_continues(model: Any, where: str) -> None:
         getattr(config, "is_decoder", None) is not False or config.model_type in CAUSAL,
         f"{where}: {config.model_type} is an encoder, which reads what stands behind a token too "
         "and so cannot write. Name a causal language model; reward.init_from takes encoders",
-    )
-    require(
-        "past_key_values" in inspect.signature(model.forward).parameters,
-        f"{where}: {config.model_type} keeps no cache of keys and values, by which replies are "
-        "written here. Name another model",
     )
 
 

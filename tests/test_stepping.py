@@ -31,8 +31,7 @@ BUDGET = 12
 def made(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SIZES, **OTHERS[kind]})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    return model
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def row_by_row(model, numbers, *, eos: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from pipeline.config import require
 from pipeline.doctor.blueprint import Blueprint
 from pipeline.errors import told
 from pipeline.pretrained import from_pretrained
+from pipeline.stepping import steps_by_cache
 from pipeline.weights import check_it_continues
 
 PATIENCE = 3.0
@@ -115,6 +116,11 @@ def _checked(blueprint: Blueprint, where: str) -> Blueprint:
     with told(f"{where}: no causal language model of {blueprint.model_type} could be made"):
         model = blueprint.of_depth(2).causal_lm()
     check_it_continues(model, where)
+    require(
+        steps_by_cache(model),
+        f"{where}: {blueprint.model_type} keeps no cache of keys and values, and what replies take "
+        "without one is not known here",
+    )
     return blueprint
 
 
