@@ -204,30 +204,10 @@ class StageRun:
 
         training: Any = getattr(config, "training", None)
         holder: Any = training or config
-        chosen = self.choose("precision", holder.precision, lambda: choose_precision("auto"))
+        chosen = self.points.choose("precision", holder.precision, lambda: choose_precision("auto"))
         holder = replace(holder, precision=chosen)
         changed = {"training": holder} if training else {"precision": chosen}
         return replace(config, **changed)
-
-    def choose(self, name: str, wanted: str, here: Callable[[], str]) -> str:
-        """Returns what a setting stands for whose `auto` leaves it to the machine.
-
-        What was chosen when the stage began is kept to, on whatever machine it goes on: the resume
-        points know it.
-
-        Args:
-            name: of the setting.
-            wanted: its value.
-            here: returns what this machine chooses; the main process asks it for all.
-        """
-        if wanted == "auto":
-            mine = distributed.on_main(here)
-            wanted = self.points.chosen_before().get(name, mine)
-            if self.is_main and wanted != mine:
-                told = "%s: goes on with %s %s, as it began; here it would be %s"
-                log.info(told, self.stage, name, wanted, mine)
-        self.points.chosen[name] = wanted
-        return wanted
 
     def require_space(self, moved: int, whole: int) -> None:
         """Checks that the disk has room for the resume points and the result, before training.

@@ -1,7 +1,6 @@
 """Models from a configuration or a folder: policy, reference, reward model and value model."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from pipeline.manifest import mending_command
 from pipeline.origin import Origin
 from pipeline.parallel import side_by_side
 from pipeline.pretrained import from_pretrained
-from pipeline.sequences import collate, states_at
+from pipeline.sequences import by_length, collate, states_at
 from pipeline.shapes import is_number, is_whole
 from pipeline.sharding import in_one_pass
 from pipeline.storage import read_json
@@ -339,23 +338,6 @@ def score_responses(
         scores = scores.to(raw.dtype)  # float64 stays float64
         scores[chosen] = raw
     return (scores - model.config.reward_mean) / model.config.reward_std
-
-
-def by_length(lengths: Sequence[int], *, batch_size: int, mixed: bool = True) -> list[list[int]]:
-    """Returns the rows of every batch, in the order of their lengths.
-
-    Args:
-        lengths: of the rows.
-        batch_size: most rows of a batch.
-        mixed: whether a batch may hold rows of several lengths.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    groups = [order] if mixed else [list(rows) for _, rows in groupby(order, lengths.__getitem__)]
-    return [
-        rows[start : start + batch_size]
-        for rows in groups
-        for start in range(0, len(rows), batch_size)
-    ]
 
 
 def pad_right(

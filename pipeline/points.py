@@ -161,10 +161,27 @@ class Points:
         found = self.found()
         return (step_of(found[-1]), found[-1]) if found else None
 
-    def chosen_before(self) -> dict[str, str]:
-        """Returns what the newest point says was chosen; nothing at a fresh start."""
-        found = self.latest()
-        return read_json(found[1] / POINT).get("chosen", {}) if found else {}
+    def choose(self, name: str, wanted: str, here: Callable[[], str]) -> str:
+        """Returns what a setting stands for whose `auto` leaves it to the machine.
+
+        What was chosen when the stage began is kept to, on whatever machine it goes on: the newest
+        point says it.
+
+        Args:
+            name: of the setting.
+            wanted: its value.
+            here: returns what this machine chooses; the main process asks it for all.
+        """
+        if wanted == "auto":
+            mine = distributed.on_main(here)
+            newest = self.latest()
+            point = read_json(newest[1] / POINT) if newest else {}
+            wanted = point.get("chosen", {}).get(name, mine)
+            if distributed.is_main() and wanted != mine:
+                told = "%s: goes on with %s %s, as it began; here it would be %s"
+                log.info(told, self.stage, name, wanted, mine)
+        self.chosen[name] = wanted
+        return wanted
 
     def newest_good(self) -> dict[str, Any] | None:
         """Returns the record of the newest point that verifies; drops the newer ones, saying why.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -117,6 +118,23 @@ def response_states(model: Any, batch: Batch) -> Float[Tensor, "token width"]:
     before = batch.response_mask.roll(-1, dims=1)
     before[:, -1] = False
     return states_at(model, batch, before)
+
+
+def by_length(lengths: Sequence[int], *, batch_size: int, mixed: bool = True) -> list[list[int]]:
+    """Returns the rows of every batch, in the order of their lengths.
+
+    Args:
+        lengths: of the rows.
+        batch_size: most rows of a batch.
+        mixed: whether a batch may hold rows of several lengths.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    groups = [order] if mixed else [list(rows) for _, rows in groupby(order, lengths.__getitem__)]
+    return [
+        rows[start : start + batch_size]
+        for rows in groups
+        for start in range(0, len(rows), batch_size)
+    ]
 
 
 def states_at(

@@ -13,7 +13,7 @@ Run     make ppo RECIPE=cpu ARGS="--kl.coef=0.1"
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from pipeline.lora import LoRA
 from pipeline.ppo.diagnosis import Diagnoser
 from pipeline.ppo.engine_settings import Engine, check_engine
 from pipeline.ppo.guard import Guard, Watch
-from pipeline.ppo.keep import keep_rollout
+from pipeline.ppo.keep import keep_models, keep_rollout
 from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.ppo.sources import Loader, open_source, outside_sources
 from pipeline.ppo.wanted import ATTENTION, SHARDING, Wanted, check_roles, check_sharding
@@ -286,29 +286,6 @@ def build_trainer(
     return trainer, validation, counts
 
 
-def with_attention(config: Config, stage: StageRun, *, sft: Path) -> Config:
-    """Returns the configuration with the attention that is fastest for the SFT model here."""
-    import torch
-    from transformers import AutoConfig
-
-    from pipeline.parallel import choose_workers
-    from pipeline.ppo.fast_attention import fastest_attention
-    from pipeline.pretrained import from_pretrained
-
-    workers = choose_workers(config.workers, torch.device("cpu"))
-
-    def measured() -> str:
-        return fastest_attention(
-            from_pretrained(AutoConfig, sft, weights=False),
-            prompt=config.max_prompt_tokens,
-            response=config.max_response_tokens,
-            passes=config.optimisation.epochs,
-            threads=max(1, torch.get_num_threads() // workers),
-        )
-
-    return replace(config, attention=stage.choose("attention", config.attention, measured))
-
-
 def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "Validation") -> None:
     """Runs the updates that are left, with validation and resume points on the way."""
     stage.require_space(trainer.moved_bytes, trainer.moved_bytes)
@@ -350,19 +327,6 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
                 stage.stop(trainer.steps, pace.asked_by)
 
 
-def write_models(stage: StageRun, trainer: "PPOTrainer", *, sft: Artifact) -> None:
-    """Writes the policy with its tokenizer, and the critic where there is one."""
-    from pipeline.models import load_tokenizer
-    from pipeline.sharding import save_role
-
-    folders = {stage.path: trainer.roles.policy, stage.path / "value": trainer.roles.value}
-    for folder, role in folders.items():
-        if role is not None:
-            save_role(role, folder)
-            if stage.is_main:
-                load_tokenizer(sft.path).save_pretrained(folder)
-
-
 def card(config: Config, validation: "Validation", *, updates: int) -> str:
     """Returns the model card."""
     first, last = validation.looks[0], validation.looks[updates]
@@ -387,6 +351,7 @@ def run(config: Config) -> None:
     Raises:
         UserError: a parent does not fit, a size does not divide, or a run-time check failed.
     """
+    from pipeline.ppo.fast_attention import with_fast_attention
     from pipeline.ppo.vllm_engines import check_engine_is_there
 
     offloads = sharding_of(config.sharding) == "fsdp2_offload"
@@ -404,10 +369,10 @@ def run(config: Config) -> None:
     with begin(config, stage="ppo", kind="causal-lm", parents=parents) as stage:
         config = stage.resolved(config)
         if config.precision == "bf16" and accelerator.device.type == "cpu":
-            config = with_attention(config, stage, sft=parents["sft"].path)
+            config = with_fast_attention(config, stage.points, sft=parents["sft"].path)
         trainer, validation, counts = build_trainer(config, parents, accelerator=accelerator)
         train(config, stage, trainer, validation)
-        write_models(stage, trainer, sft=parents["sft"])
+        keep_models(stage.path, trainer, sft=parents["sft"].path)
         done = max(validation.looks)
         first, last = validation.looks[0], validation.looks[done]
         stage.finish(

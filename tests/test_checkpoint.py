@@ -243,8 +243,8 @@ def test_precision_is_chosen_once_and_kept_to_on_another_machine(monkeypatch, ca
 def test_a_setting_that_is_given_is_not_measured():
     settings = StageConfig(tracking="none")
     with begin(settings, stage="sft", kind="x", parents={}) as run:
-        assert run.choose("attention", "bf16", lambda: pytest.fail("measured")) == "bf16"
-        assert run.choose("precision", "auto", lambda: "fp32") == "fp32"
+        assert run.points.choose("attention", "bf16", lambda: pytest.fail("measured")) == "bf16"
+        assert run.points.choose("precision", "auto", lambda: "fp32") == "fp32"
         assert run.points.chosen == {"attention": "bf16", "precision": "fp32"}
         run.finish("done", chosen=run.points.chosen, summary={}, card="")
 

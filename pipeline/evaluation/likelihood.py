@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.attention import is_packed
-from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import full_kl
 from pipeline.sequences import (
     PIECE_TOKENS,
     Batch,
+    by_length,
     collate,
     next_logprobs,
     response_states,

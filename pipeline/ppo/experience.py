@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pipeline.attention import is_packed
 from pipeline.logprobs import wide
-from pipeline.models import by_length
 from pipeline.parallel import side_by_side
 from pipeline.ppo.kl import k1
 from pipeline.sequences import (
     Batch,
+    by_length,
     collate,
     pad_tokens,
     response_states,

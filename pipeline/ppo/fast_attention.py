@@ -3,15 +3,24 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache
 
 from pipeline.attention import PACKED, PRECISIONS, packed_attention
+from pipeline.config import StageConfig
+from pipeline.parallel import choose_workers
+from pipeline.points import Points
 from pipeline.ppo.cache import make_room
+from pipeline.pretrained import from_pretrained
+
+C = TypeVar("C", bound=StageConfig)
 
 TOKENS = 4096
 MOST_ROWS = 32
@@ -24,6 +33,30 @@ TURNS = 3
 AUTOCAST = torch.autocast("cpu", torch.bfloat16)
 CLEARLY = 0.9
 """Share of the first one's time within which another must stay to be chosen: less is noise."""
+
+
+def with_fast_attention(config: C, points: Points, *, sft: Path) -> C:
+    """Returns the configuration of ppo with the attention that is fastest for the policy here.
+
+    Args:
+        config: of the stage.
+        points: of its run, which know what was chosen when it began.
+        sft: folder of the model that the policy starts from.
+    """
+    told: Any = config
+    workers = choose_workers(told.workers, torch.device("cpu"))
+
+    def measured() -> str:
+        return fastest_attention(
+            from_pretrained(AutoConfig, sft, weights=False),
+            prompt=told.max_prompt_tokens,
+            response=told.max_response_tokens,
+            passes=told.optimisation.epochs,
+            threads=max(1, torch.get_num_threads() // workers),
+        )
+
+    chosen: C = replace(told, attention=points.choose("attention", told.attention, measured))
+    return chosen
 
 
 def fastest_attention(config: Any, *, prompt: int, response: int, passes: int, threads: int) -> str:

@@ -1,14 +1,15 @@
-"""Keeps a rollout on disk with every number that was computed about each of its tokens."""
+"""What ppo keeps on disk: its models, and rollouts with every number about each token."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.distributed import is_main
 from pipeline.storage import fsync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from pipeline.ppo.trainer import Outcome
+    from pipeline.ppo.trainer import Outcome, PPOTrainer
 
 FOLDER = "rollouts"
 """Folder of the kept rollouts below the ppo folder: update-N.parquet each."""
@@ -84,3 +85,24 @@ def _rows(outcome: "Outcome", *, tokenizer: "PreTrainedTokenizerFast") -> list[d
             }
         )
     return rows
+
+
+def keep_models(folder: Path, trainer: "PPOTrainer", *, sft: Path) -> None:
+    """Writes the policy with its tokenizer, and the critic where there is one.
+
+    Args:
+        folder: of the stage.
+        trainer: whose roles they are; every process must call it.
+        sft: folder of the tokenizer.
+    """
+    from pipeline.models import load_tokenizer
+    from pipeline.sharding import save_role
+
+    for place, role in {
+        folder: trainer.roles.policy,
+        folder / "value": trainer.roles.value,
+    }.items():
+        if role is not None:
+            save_role(role, place)
+            if is_main():
+                load_tokenizer(sft).save_pretrained(place)

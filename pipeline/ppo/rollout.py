@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pipeline.attention import attention_of
 from pipeline.logprobs import wide
-from pipeline.models import by_length
 from pipeline.narrow import narrowed
 from pipeline.parallel import side_by_side
 from pipeline.ppo.cache import make_room
 from pipeline.ppo.graphs import StaticSteps, can_keep_one_shape, prefers_one_shape
+from pipeline.sequences import by_length
 from pipeline.sizes import ROWS, rounded
 from pipeline.stepping import steps_by_cache
 

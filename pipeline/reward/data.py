@@ -10,10 +10,11 @@ import torch
 
 from pipeline.data.formats import check_row, read_rows, texts_of
 from pipeline.errors import UserError
-from pipeline.models import by_length, pad_right
+from pipeline.models import pad_right
 from pipeline.reward.loss import comparisons, rater_targets
 from pipeline.reward.packing import pack_texts, padding_frac
 from pipeline.reward.reading import Reading
+from pipeline.sequences import by_length
 from pipeline.streams import stream
 
 TEXTS_PER_CHUNK = 16

@@ -8,7 +8,8 @@ from jaxtyping import Float
 
 from pipeline.distributed import even_share, gather_objects
 from pipeline.errors import UserError
-from pipeline.models import by_length, whole_text_scores
+from pipeline.models import whole_text_scores
+from pipeline.sequences import by_length
 
 PASS_TEXTS = 64
 """Texts of a forward pass, at most."""
