@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 CACHE = "past_key_values"
 """Name under which models take what they keep of the tokens before."""
@@ -18,7 +19,9 @@ def steps_by_cache(model: Any) -> bool:
     read their rows anew at every token, those of one length together.
     """
     forward = getattr(model, "forward", None)
-    takes = forward is None or CACHE in inspect.signature(forward).parameters
+    if not isinstance(getattr(forward, "__self__", None), PreTrainedModel):
+        return True
+    takes = CACHE in inspect.signature(forward).parameters
     return takes and model.config.model_type not in UNMASKED
 
 

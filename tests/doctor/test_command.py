@@ -8,6 +8,8 @@ from pipeline.errors import UserError
 from stages import doctor
 from stages.doctor import Config, machine_of, main, parse, recipe_of, stage_configs
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.mark.parametrize(
     ("words", "message"),

@@ -27,6 +27,8 @@ from stages.pretrain import Config as PretrainConfig
 from stages.reward import Config as RewardConfig
 from stages.sft import Config as SFTConfig
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 SEEN = Rehearsal(
     weights=1000.0,
     gradients=800.0,

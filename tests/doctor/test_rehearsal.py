@@ -24,6 +24,8 @@ from pipeline.ppo.settings import KL, Advantage, Optimisation, Reward, Settings
 from pipeline.reward.scores import PASS_TOKENS
 from pipeline.training import Training
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 WIDTH, INNER, WORDS, HEADS = 32, 64, 300, 4
 LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER + 2 * WIDTH
 OUTSIDE = 2 * WORDS * WIDTH + WIDTH  # embeddings, head, last norm

@@ -20,6 +20,8 @@ from tests.ppo.optimum import (
 )
 from tests.support import assert_close
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def test_the_optimum_by_hand():
     # ref (1/2, 1/2), scores (ln 3, 0), beta 1: (3/4, 1/4); beta 1/2: (9/10, 1/10)

@@ -7,6 +7,8 @@ from pipeline.ppo.settings import KL, Optimisation, Reward
 from tests.ppo.optimum import EOS, World, fixed
 from tests.ppo.worlds import LengthCounter, TokenCounter, trainer, weights
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FREE = {"kl": KL(coef=0.0, controller="fixed"), "updates": 15}
 """No penalty, so that the score alone decides."""
 
