@@ -18,7 +18,7 @@ def steps_by_cache(model: Any) -> bool:
     Others keep states of their own kinds (Mamba, RWKV, xLSTM), or nothing (the first GPT): they
     read their rows anew at every token, those of one length together.
     """
-    forward = getattr(model, "forward", None)
+    forward: Any = getattr(model, "forward", None)
     if not isinstance(getattr(forward, "__self__", None), PreTrainedModel):
         return True
     takes = CACHE in inspect.signature(forward).parameters
