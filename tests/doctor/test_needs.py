@@ -275,7 +275,7 @@ def test_adapters_on_one_base_need_that_of_reward():
 
 
 def test_replies_of_divided_models_are_planned_with_the_copy():
-    config = PPOConfig(max_response_tokens=200, microbatch_size=1)
+    config = PPOConfig(max_response_tokens=200, minibatch_size=4, microbatch_size=1)
     configs = {"ppo": config, "reward": RewardConfig()}
     whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
     assert whole.peak.moment == divided.peak.moment == "last token"
@@ -284,7 +284,9 @@ def test_replies_of_divided_models_are_planned_with_the_copy():
 
 
 def test_no_weights_of_the_copy_are_kept_in_bfloat16_while_it_replies():
-    config = PPOConfig(max_response_tokens=200, microbatch_size=1, precision="bf16")
+    config = PPOConfig(
+        max_response_tokens=200, minibatch_size=4, microbatch_size=1, precision="bf16"
+    )
     configs = {"ppo": config, "reward": RewardConfig()}
     whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
     assert whole.peak.moment == divided.peak.moment == "last token"

@@ -171,14 +171,14 @@ def test_of_four_roles_the_largest_is_gathered_at_a_time():
 def test_the_step_is_no_part_of_the_passes_before_it():
     one = {"prompts_per_update": 1, "minibatch_size": 1, "microbatch_size": 1}
     seen = rehearse_ppo(
-        dataclasses.replace(BLUEPRINT.of_depth(24), packs=False),  # a GPU's optimizer
+        dataclasses.replace(BLUEPRINT.of_depth(4), packs=False),  # a GPU's optimizer
         ledger(),
         settings=settings(**one),
         roles="separate",
         loras=(LoRA(), LoRA()),
         replies=Replies(rows=1, prompt=2, response=2),
     )
-    held, policy = seen.weights + seen.gradients + seen.optimizer, 4 * (24 * LAYER + OUTSIDE)
+    held, policy = seen.weights + seen.gradients + seen.optimizer, 4 * (4 * LAYER + OUTSIDE)
     assert seen.moments["step"].most >= held + policy  # roots of all its second moments
     assert seen.moments["optimise"].most < held + policy / 2
     assert seen.moments["optimise"].seconds > 0
@@ -302,14 +302,15 @@ def test_two_depths_say_what_recomputed_layers_take():
 
 @pytest.mark.parametrize("roles", ["separate", "trunk", "lora"])
 def test_roles_that_are_computed_again_take_less_and_longer(roles):
+    one_pass = settings(prompts_per_update=2, minibatch_size=2)
     kept, again = (
         rehearse_ppo(
-            BLUEPRINT.of_depth(4),
+            BLUEPRINT.of_depth(3),
             ledger(),
-            settings=settings(),
+            settings=one_pass,
             roles=roles,
             loras=(LoRA(rank=2), LoRA(rank=2)),
-            replies=Replies(rows=4, prompt=24, response=24),
+            replies=Replies(rows=2, prompt=24, response=24),
             recomputes=recomputes,
         ).moments["optimise"]
         for recomputes in (False, True)
