@@ -31,7 +31,7 @@ STEPS = 4
 """Tokens that are decoded for the measurement, after half of a response."""
 TURNS = 3
 AUTOCAST = torch.autocast("cpu", torch.bfloat16)
-CLEARLY = 0.9
+CLEARLY = 0.85
 """Share of the first one's time within which another must stay to be chosen: less is noise."""
 
 
