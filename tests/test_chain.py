@@ -1,4 +1,4 @@
-"""The real chain on the smoke recipe: make, make again, touch, kill, two processes."""
+"""The real chain on the smoke recipe: make, make again, touch, kill (test_chain_of_two.py: NPROC=2)."""
 
 import json
 import os
@@ -12,44 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.secrets import PLANTED, found_in
-
-STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "report"]
-TIMEOUT_SECONDS = 600
-
-
-def environment() -> dict[str, str]:
-    """Ours without what an outer make or a tracker's account would change, with secrets in it."""
-    dropped = ("MAKE", "MFLAGS", "WANDB_", "RANK", "WORLD_SIZE")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    return inherited | PLANTED | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-
-
-def command(*words: str) -> list[str]:
-    """A make command on the smoke recipe with this interpreter."""
-    return ["make", "RECIPE=smoke", f"PYTHON={sys.executable}", *words]
-
-
-def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs make to its end."""
-    return subprocess.run(
-        command(*words),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-
-
-def planned(folder: Path, *words: str) -> list[str]:
-    """The stages that make would run, in order."""
-    return re.findall(r"-m stages\.(\w+)", make(folder, "-n", *words).stdout)
-
-
-def closing_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """The stages that finished, by their closing lines."""
-    return re.findall(r"^(\w+): .* -> runs/\S+$", result.stderr, re.MULTILINE)
+from tests.chain import (
+    STAGES,
+    TIMEOUT_SECONDS,
+    closing_lines,
+    command,
+    copy_sources,
+    environment,
+    make,
+    planned,
+)
+from tests.security.secrets import found_in
 
 
 def content(folder: Path, stage: str) -> dict[str, object]:
@@ -62,10 +35,7 @@ def content(folder: Path, stage: str) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources in which the chain has run once."""
-    folder = tmp_path_factory.mktemp("chain")
-    for name in ("pipeline", "stages", "configs"):
-        shutil.copytree(name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy("Makefile", folder)
+    folder = copy_sources(tmp_path_factory.mktemp("chain"))
     result = make(folder)
     assert result.returncode == 0, result.stderr[-3000:]
     assert closing_lines(result) == STAGES
@@ -134,14 +104,18 @@ def test_the_lineage_of_a_finished_run_is_good_wherever_it_lies(checkout, tmp_pa
 
 
 def test_a_touched_yaml_reruns_exactly_what_depends_on_it(checkout):
-    reward = checkout / "configs" / "smoke" / "reward.yaml"
-    before = reward.stat()
-    reward.touch()
-    assert planned(checkout) == ["reward", "ppo", "evaluate", "report"]
-    os.utime(reward, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert planned(checkout) == []
-    (checkout / "configs" / "smoke" / "evaluate.yaml").touch()
-    assert closing_lines(make(checkout)) == ["evaluate", "report"]
+    recipe = checkout / "configs" / "smoke"
+    for name, rerun in (
+        ("reward", ["reward", "ppo", "evaluate", "report"]),
+        ("evaluate", ["evaluate", "report"]),
+    ):
+        before = (recipe / f"{name}.yaml").stat()
+        (recipe / f"{name}.yaml").touch()
+        assert planned(checkout) == rerun
+        os.utime(recipe / f"{name}.yaml", ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert planned(checkout) == []
+    (recipe / "report.yaml").touch()
+    assert closing_lines(make(checkout)) == ["report"]
     assert planned(checkout) == []
 
 
@@ -200,15 +174,6 @@ def test_an_interrupted_stage_is_resumed_alone_and_ends_in_the_same_bytes(checko
     assert closing_lines(result) == ["ppo"], result.stderr[-3000:]
     assert "goes on from step" in result.stderr
     assert content(checkout, "ppo") == straight
-
-
-def test_every_stage_runs_on_two_processes(checkout):
-    result = make(checkout, "RUN=runs/two", "NPROC=2", "ARGS=--tracking=none")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert closing_lines(result) == STAGES
-    for stage in STAGES:
-        manifest = json.loads((checkout / "runs" / "two" / stage / "manifest.json").read_text())
-        assert manifest["circumstances"]["num_processes"] == 2, stage
 
 
 def test_chat_answers_with_two_models_side_by_side(checkout):
