@@ -1,4 +1,4 @@
-"""The real chain on the smoke recipe: make, make again, touch, kill (test_chain_of_two.py: NPROC=2)."""
+"""The real chain on the smoke recipe: make, make again, touch, kill."""
 
 import json
 import os
