@@ -52,6 +52,11 @@ AGREE_SECONDS = 3.0
 STOP_SECONDS = 60.0
 """The same, once one has stopped because it was asked to: the others may still be writing."""
 LOOK_SECONDS = 0.05
+STARTING_SECONDS = 10.0
+"""How long a process may take to begin to hear signals. One that comes before ends Python with an
+exit code of its own."""
+PYTHONS_OWN = 1
+"""That exit code, which says nothing of the signal."""
 
 
 def loopback_store() -> Any:
@@ -87,12 +92,14 @@ class Family:
         children: by their number on this machine.
         ended: exit codes by the same numbers.
         asked: signals that came here and were not yet passed on.
+        passed: the last one that was passed on, 0 for none.
     """
 
     def __init__(self, placement: Placement) -> None:
         self.total, self.first = placement.total, placement.machine * placement.here
         self.ended: dict[int, int] = {}
         self.asked: list[int] = []
+        self.passed, self.began = 0, time.monotonic()
         self.children: list[subprocess.Popen[bytes]] = []
 
     def start(self, program: Sequence[str], placement: Placement, *, port: int) -> None:
@@ -118,6 +125,7 @@ class Family:
         """Gives every process the signals that came; how they end is theirs to say."""
         while self.asked:
             number = PASSED_ON[signal.Signals(self.asked.pop(0))]
+            self.passed = number
             for child in self.children:
                 child.send_signal(number)
 
@@ -141,6 +149,9 @@ class Family:
         for child in left:
             child.kill()
             child.wait()
+        starting = failed_at < self.began + STARTING_SECONDS
+        if starting and self.passed and code == PYTHONS_OWN:
+            return 128 + self.passed
         self._tell(culprit, code, others=len(left))
         return code if code > 0 else 128 - code
 

@@ -132,6 +132,22 @@ def test_an_interruption_ends_the_processes_without_a_traceback(tmp_path):
     assert "pipeline/launch.py" not in said
 
 
+def test_a_signal_that_ends_python_itself_is_told_by_its_own_exit_code(tmp_path):
+    program = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: os._exit(1))\n"  # as while Python starts
+        "open(f'started-{os.environ[\"RANK\"]}', 'w').close()\ntime.sleep(600)\n"
+    )
+    process = started(tmp_path, program, 2)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("started-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (128 + signal.SIGINT, "")
+
+
 @pytest.mark.parametrize(("name", "child"), [("SIGINT", 1), ("SIGTERM", 0), ("SIGHUP", 1)])
 def test_a_signal_while_the_processes_start_reaches_all_of_them(tmp_path, name, child):
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(600)\n")

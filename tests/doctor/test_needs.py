@@ -284,10 +284,8 @@ def test_replies_of_divided_models_are_planned_with_the_copy():
 
 
 def test_no_weights_of_the_copy_are_kept_in_bfloat16_while_it_replies():
-    config = PPOConfig(
-        max_response_tokens=200, minibatch_size=4, microbatch_size=1, precision="bf16"
-    )
-    configs = {"ppo": config, "reward": RewardConfig()}
+    sizes = {"minibatch_size": 4, "microbatch_size": 1, "max_response_tokens": 200}
+    configs = {"ppo": PPOConfig(precision="bf16", **sizes), "reward": RewardConfig()}
     whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
     assert whole.peak.moment == divided.peak.moment == "last token"
     # autocast keeps what it makes of weights that are trained: all but embeddings and norms

@@ -35,7 +35,7 @@ class Leaning:
 
     def __init__(self, ppo, lean: float) -> None:
         self.ppo, self.lean, self.synchronised = ppo, lean, 0
-        self.device = ppo.roles.policy.device
+        self.config, self.device = ppo.roles.policy.config, ppo.roles.policy.device
 
     def synchronise(self) -> None:
         self.synchronised += 1
