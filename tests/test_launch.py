@@ -117,17 +117,22 @@ def test_a_mistake_is_one_line_and_its_exit_code(tmp_path):
     assert said == "one line for the user\n"
 
 
+def interrupted(process, folder) -> str:
+    """What is said after an interruption, once both processes have left a file started-N."""
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("started-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=60)[1]
+
+
 def test_an_interruption_ends_the_processes_without_a_traceback(tmp_path):
     program = (
         "import os, time\nopen(f'started-{os.environ[\"RANK\"]}', 'w').close()\ntime.sleep(600)\n"
     )
     process = started(tmp_path, program, 2)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("started-*"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    said = interrupted(process, tmp_path)
     assert process.returncode == 128 + signal.SIGINT
     assert "pipeline/launch.py" not in said
 
@@ -139,12 +144,7 @@ def test_a_signal_that_ends_python_itself_is_told_by_its_own_exit_code(tmp_path)
         "open(f'started-{os.environ[\"RANK\"]}', 'w').close()\ntime.sleep(600)\n"
     )
     process = started(tmp_path, program, 2)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("started-*"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    said = interrupted(process, tmp_path)
     assert (process.returncode, said) == (128 + signal.SIGINT, "")
 
 
