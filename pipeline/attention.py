@@ -102,9 +102,9 @@ for _precision, _name in PACKED.items():
 
 def leave_uncompiled() -> None:
     """Keeps torch.compile out of these functions: it would compile every set of lengths anew."""
-    for name in PACKED.values():
-        function = torch.compiler.disable(AttentionInterface()[name])
-        AttentionInterface.register(name, function)
+    for precision, name in PACKED.items():
+        function = partial(packed_attention, precision=precision)
+        AttentionInterface.register(name, torch.compiler.disable(function))
 
 
 def packed_inputs(

@@ -49,8 +49,6 @@ PARENTS = {
 
 FEWEST_DRAWS = 100
 """Resamples whose 2.5% and 97.5% are ends of an interval at all: of one, both are that one."""
-
-
 POLICIES = ("auto", "last", "best")
 
 

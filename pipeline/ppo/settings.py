@@ -253,8 +253,7 @@ class Optimisation:
     """Gradient norm at which each model's gradients are clipped."""
     compile: bool = False
     """Passes the layers of what is trained through torch.compile, and says after how many steps
-    that has paid: half a minute of compiling for 2 to 6% of a step on a processor. It changes
-    rounding only."""
+    that has paid, if ever: on a processor it seldom does. It changes rounding only."""
     max_ratio: float = 100.0
     """A minibatch whose mean ratio exceeds this stops the stage before the optimizer moves."""
 

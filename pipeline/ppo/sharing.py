@@ -154,7 +154,11 @@ class AdaptedPolicy:
     def __init__(self, base: SharedBase, *, adapter: str | None) -> None:
         self.base, self.adapter = base, adapter
         self.config, self.device = base.model.config, base.model.device
-        self.forward = base.model.forward  # says what it takes
+
+    @property
+    def forward(self) -> Any:
+        """The base's own, which says what it takes."""
+        return self.base.model.forward
 
     def __call__(self, **inputs: Any) -> Any:
         """Returns the model's output through this role's adapter."""

@@ -18,6 +18,18 @@ def trained(**changes):
     return held_out.Trained(**(settings | changes))
 
 
+def reported(data, monkeypatch, **settings):
+    """The report on test rankings of a model that scores everything alike."""
+    monkeypatch.setattr(held_out, "raw_scores", lambda _, texts, **__: np.zeros(len(texts)))
+    return held_out.held_out_report(
+        None,
+        reading=TokenReading(PaddedLetters()),
+        data=data,
+        split="test",
+        trained=trained(**settings),
+    )
+
+
 def test_the_bag_of_words_learns_from_the_texts_that_the_model_was_trained_on(
     tmp_path, monkeypatch
 ):
@@ -33,14 +45,7 @@ def test_the_bag_of_words_learns_from_the_texts_that_the_model_was_trained_on(
         return np.zeros(len(held_out))
 
     monkeypatch.setattr(held_out, "bag_of_words_scores", recorded)
-    monkeypatch.setattr(held_out, "raw_scores", lambda _, texts, **__: np.zeros(len(texts)))
-    report = held_out.held_out_report(
-        None,
-        reading=TokenReading(PaddedLetters()),
-        data=tmp_path,
-        split="test",
-        trained=trained(max_length=20),
-    )
+    report = reported(tmp_path, monkeypatch, max_length=20)
     assert learned == ["good", "so so"]
     assert report["sets"]["tweets"]["bag_of_words"]["value"] == 0.5
 
@@ -50,12 +55,5 @@ def test_a_model_is_held_against_what_it_was_trained_on(tmp_path, monkeypatch, l
     raters = RANKING | {"ratings": [[2, 1], [1, 0], [0, 1]]}
     for split in ("train", "test"):
         write_rows(tmp_path, "preferences", split=split, rows=[raters])
-    monkeypatch.setattr(held_out, "raw_scores", lambda _, texts, **__: np.zeros(len(texts)))
-    report = held_out.held_out_report(
-        None,
-        reading=TokenReading(PaddedLetters()),
-        data=tmp_path,
-        split="test",
-        trained=trained(labels=labels),
-    )
+    report = reported(tmp_path, monkeypatch, labels=labels)
     assert report["sets"]["tweets"]["calibration"]["observed_by"] == by
