@@ -96,12 +96,12 @@ def fit(
         try:
             with restricted(folder):
                 trainer.train(resume_from_checkpoint=folder and str(folder))
+            seconds = time.monotonic() - started
+            barrier()  # Trainer's last look is into the folder that goes now
         finally:
             if run.is_main:
                 shutil.rmtree(run.path / WORKSPACE, ignore_errors=True)
-        seconds = time.monotonic() - started
     unset_hf_deepspeed_config()  # what is loaded from now on is this process's own, and whole
-    barrier()
     if pace.was_asked():
         run.stop(trainer.state.global_step, pace.asked_by)
     return (trainer.state.global_step - done) * tokens_per_step / seconds

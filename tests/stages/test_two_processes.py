@@ -28,6 +28,19 @@ TOLERANCE = 1e-6
 that two processes read, and what they are multiplied by is a power of two. Without the reduction of
 gradients: 0.02."""
 
+LATE = """
+import importlib, os, sys, time
+from transformers import trainer
+
+def late(*args, **named):
+    time.sleep(3 * int(os.environ["RANK"]))
+    return look(*args, **named)
+
+look, trainer.sort_checkpoints = trainer.sort_checkpoints, late
+raise SystemExit(importlib.import_module("stages.sft").main(sys.argv[1:]))
+"""
+"""Trainer's last look into its working folder, three seconds later on the second process."""
+
 CURVES = 1e-5
 """Measured: 5e-6 (python -m benchmarks.worlds, which has four processes too)."""
 
@@ -54,12 +67,16 @@ def alone(folder: Path, stage: str) -> None:
     module.run(load(module.Config, words(folder, processes=1), stage=stage))
 
 
-def together(folder: Path, stage: str) -> None:
+def together(folder: Path, stage: str, *, module: str = "stages") -> None:
     """Runs a stage in two processes, as `make NPROC=2` does."""
-    launch = [sys.executable, "-m", "pipeline.launch", "2", f"stages.{stage}"]
+    launch = [sys.executable, "-m", "pipeline.launch", "2", f"{module}.{stage}"]
     result = subprocess.run(
         [*launch, *words(folder, processes=2)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(folder)]),
+        },
         capture_output=True,
         text=True,
         timeout=600,
@@ -95,3 +112,12 @@ def test_two_processes_train_the_adapter_that_one_does(parents, tmp_path, stage)
     assert all(weight.any() for name, weight in one.items() if "lora_B" in name)
     for name, weight in two.items():
         assert_close(weight, one[name], tolerance=TOLERANCE)
+
+
+def test_nothing_goes_that_the_other_process_still_looks_into(parents, tmp_path):
+    for name in ("data", "pretrain"):
+        shutil.copytree(parents / name, tmp_path / name)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "sft.py").write_text(LATE)
+    together(tmp_path, "sft", module="late")
+    assert not (tmp_path / "sft" / ".trainer").exists()
