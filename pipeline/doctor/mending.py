@@ -8,9 +8,8 @@ from pipeline.doctor.machine import Machine
 from pipeline.doctor.need import Need
 from pipeline.errors import UserError
 
-FEWEST_SAMPLES = 128
-"""Replies by which a reward model's scores can be normalised: the mean is known to a tenth of the
-deviation."""
+FEW_REPLIES = 16
+"""Replies that are sampled together to normalise a reward model where more do not fit."""
 RANK = 16
 """Of the adapters that are tried."""
 
@@ -18,11 +17,13 @@ RANK = 16
 def changes(stage: str, configs: Mapping[str, Any], *, machine: Machine) -> Iterator[list[str]]:
     """Yields words that make a stage's settings smaller, each time more than the time before."""
     config = configs[stage]
-    if stage.startswith("reward") and config.normalisation.num_samples > FEWEST_SAMPLES:
-        yield [f"--{stage}.normalisation.num_samples={FEWEST_SAMPLES}"]
-    smallest: list[str] = []
+    first: list[str] = []
+    if stage.startswith("reward") and config.normalisation.batch_size > FEW_REPLIES:
+        first = [f"--{stage}.normalisation.batch_size={FEW_REPLIES}"]
+        yield first
+    smallest = first
     for word in _smaller_batches(stage, config, processes=machine.processes):
-        smallest = [word]
+        smallest = [*first, word]
         yield smallest
     parts = divided(machine, stage, configs).sharding.divides_state
     for words in _adapters(stage, config, divided=parts):

@@ -311,7 +311,7 @@ class Planner:
         """The SFT model replies before the reward model is there, to normalise its scores."""
         wanted = config.normalisation
         replies = Replies(
-            rows=min(MOST_ROWS, math.ceil(wanted.num_samples / self.machine.processes)),
+            rows=min(wanted.batch_size, math.ceil(wanted.num_samples / self.machine.processes)),
             prompt=max(1, config.max_length - wanted.response_tokens),
             response=wanted.response_tokens,
         )

@@ -36,7 +36,8 @@ def sample_replies(
         model: the SFT model.
         prompts: token ids of all training prompts.
         tokenizer: gives EOS and PAD.
-        normalisation: how many replies, each to another prompt while those last, and how long.
+        normalisation: how many replies, each to another prompt while those last, how long, and how
+            many at a time.
         max_length: prompts are left out that leave no room for a whole reply; None: no bound.
         seed: seed of the choice of prompts and of sampling.
 
@@ -62,6 +63,7 @@ def sample_replies(
         ),
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
+        batch_size=normalisation.batch_size,
     )
     found = dict(zip(mine, replies.responses, strict=True))
     for part in gather_objects(found):

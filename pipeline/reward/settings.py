@@ -18,11 +18,13 @@ class Normalisation:
     """Replies of the SFT model, each to another training prompt (fewer prompts repeat)."""
     response_tokens: int = 32
     """Longest reply in tokens; the same as in ppo."""
+    batch_size: int = 256
+    """Replies that a process samples together: fewer take less memory and more time."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "response_tokens"):
+        for name, least in (("num_samples", 2), ("response_tokens", 2), ("batch_size", 1)):
             value = getattr(self, name)
-            require(value >= 2, f"normalisation.{name}: must be at least 2, got {value}")
+            require(value >= least, f"normalisation.{name}: must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

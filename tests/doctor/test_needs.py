@@ -5,12 +5,11 @@ import inspect
 
 import pytest
 
-from pipeline.config import require
 from pipeline.doctor import needs, rehearsal
 from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
-from pipeline.doctor.mending import changes, mend
-from pipeline.doctor.need import Need, Peak
+from pipeline.doctor.mending import changes
+from pipeline.doctor.need import Peak
 from pipeline.doctor.needs import REPLYING, Planner
 from pipeline.doctor.seen import Moment, Rehearsal, Role, reply_seconds
 from pipeline.errors import UserError
@@ -330,65 +329,6 @@ def test_stages_that_do_not_divide_their_models_hold_them_whole():
     )
     configs = ADAPTED | {"evaluate": EvaluateConfig(batch_size=2)}
     assert weights("evaluate", configs, **fsdp) == weights("evaluate", configs)
-
-
-def need(total: float) -> Need:
-    found = Peak(moment="pass", weights=total)
-    return Need(stage="sft", peak=found, base=0.0, room=5e9, seconds=1.0, unit="step")
-
-
-def test_the_first_change_that_fits_is_told():
-    asked = []
-
-    def attempt(words):
-        asked.append(words)
-        return need(8e9 / len(asked))
-
-    configs = {"sft": SFTConfig(training=Training(microbatch_size=8))}
-    told = mend("sft", configs, machine=planner(1).machine, attempt=attempt)
-    assert told == "it fits with --sft.training.microbatch_size=2: 4.0 GB"
-
-
-def test_what_is_refused_is_passed_over():
-    def attempt(words):
-        require("--sft.training.microbatch_size=1" not in words[:1], "refused")
-        return need(9e9)
-
-    configs = {"sft": SFTConfig(training=Training(microbatch_size=4))}
-    told = mend("sft", configs, machine=planner(1).machine, attempt=attempt)
-    assert told.startswith("not even --sft.training.microbatch_size=2 helps (9.0 GB): ")
-
-
-LESS = "take a smaller model, or devices with more memory"
-BATCH = "--sft.training.microbatch_size=1"
-
-
-@pytest.mark.parametrize(
-    ("stage", "config", "least", "words"),
-    [
-        (
-            "sft", SFTConfig(), f"{BATCH} --sft.lora.rank=16 --sft.lora.quantise=4bit",
-            "divide the model over more GPUs (ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml)",
-        ),
-        ("sft", SFTConfig(lora=LoRA(rank=4)), f"{BATCH} --sft.lora.quantise=4bit", LESS),
-        ("sft", SFTConfig(lora=LoRA(rank=4, quantise="4bit")), BATCH, LESS),
-        (
-            "ppo", PPOConfig(),
-            ("--ppo.microbatch_size=1 --ppo.roles=lora --ppo.lora.rank=16 "
-             "--reward.lora.rank=16 --ppo.lora.quantise=4bit"), LESS,
-        ),
-        (
-            "evaluate", EvaluateConfig(recipe="smoke"), "--evaluate.batch_size=1",
-            "on a processor: CUDA_VISIBLE_DEVICES= make evaluate RECIPE=smoke;",
-        ),
-    ],
-)  # fmt: skip
-def test_where_nothing_helps_something_else_is_told(stage, config, least, words):
-    configs = {"ppo": PPOConfig(), "reward": RewardConfig(), stage: config}
-    told = mend(stage, configs, machine=planner(1).machine, attempt=lambda _: need(9e9))
-    assert told.startswith(f"not even {least} helps (9.0 GB): ")
-    assert words in told
-    assert ("divide" in told) == ("divide" in words)
 
 
 def test_batches_are_planned_as_large_as_they_are_by_themselves():

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipeline.errors import UserError
+from pipeline.ppo.rollout import generate
 from pipeline.reward import constants, packing
 from pipeline.reward.baseline import bag_of_words_scores, sampled_pairs
 from pipeline.reward.constants import sample_replies, score_constants
@@ -215,7 +216,7 @@ def test_constants_by_hand_and_refused_when_nothing_varies():
         score_constants(np.ones(2))
 
 
-def replies(monkeypatch, *, this: int, of: int, gather=None):
+def replies(monkeypatch, *, this: int, of: int, gather=None, batch_size: int = 256):
     monkeypatch.setattr(constants, "rank", lambda: this)
     monkeypatch.setattr(constants, "world_size", lambda: of)
     monkeypatch.setattr(constants, "gather_objects", gather or (lambda found: [found]))
@@ -223,7 +224,7 @@ def replies(monkeypatch, *, this: int, of: int, gather=None):
         tiny_llama(),
         [[3, 9, 4], [3, 8, 8, 4], [3] * 60],
         tokenizer=TOKENS,
-        normalisation=Normalisation(num_samples=5, response_tokens=6),
+        normalisation=Normalisation(num_samples=5, response_tokens=6, batch_size=batch_size),
         max_length=20,
         seed=1,
     )
@@ -242,6 +243,16 @@ def test_replies_repeat_prompts_that_fit_and_do_not_depend_on_processes(monkeypa
     replies(monkeypatch, this=1, of=2, gather=collect)
     _, together = replies(monkeypatch, this=0, of=2, gather=collect)
     assert together == alone
+
+
+def test_replies_do_not_depend_on_how_many_are_sampled_together(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        constants, "generate", lambda *a, **k: asked.append(k["batch_size"]) or generate(*a, **k)
+    )
+    together, apart = (replies(monkeypatch, this=0, of=1, batch_size=size) for size in (256, 2))
+    assert together == apart
+    assert asked == [256, 2]
 
 
 def test_a_process_for_which_no_prompt_is_left_takes_what_the_others_said(monkeypatch):
