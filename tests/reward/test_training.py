@@ -173,9 +173,23 @@ def test_the_head_is_new_and_the_body_is_the_language_models(tmp_path):
     assert torch.equal(model.score.weight, again.score.weight)
 
 
-def test_a_layer_that_averages_sees_all_earlier_tokens_alike():
-    model = tiny_reward_model()
+def with_normalised_queries(model_type: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+@pytest.mark.parametrize("made", [tiny_reward_model, lambda: with_normalised_queries("qwen3")])
+def test_a_layer_that_averages_sees_all_earlier_tokens_alike(made):
+    model = made()
     average_at_first(model, layers=1)
+    assert model.model.layers[-1].self_attn.q_proj.weight.any() == hasattr(
+        model.model.layers[-1].self_attn, "q_norm"
+    )
     read = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "output_attentions": True}
     model.set_attn_implementation("eager")
     first, last = model(**read).attentions[0], model(**read).attentions[-1]
@@ -188,6 +202,12 @@ def test_a_model_with_too_few_layers_to_average_is_refused():
         UserError, match=r"averaging_layers: llama has 2 layers with a q_proj, not 3"
     ):
         average_at_first(tiny_reward_model(), layers=3)
+
+
+def test_a_model_that_normalises_queries_otherwise_is_refused():
+    told = "averaging_layers: gemma3_text normalises its queries otherwise than by a weight"
+    with pytest.raises(UserError, match=told):
+        average_at_first(with_normalised_queries("gemma3_text"), layers=1)
 
 
 def test_scores_come_in_the_order_of_texts_whatever_the_batch():
