@@ -1,5 +1,6 @@
 """The change that makes a stage fit: settings are tried one after another, smallest first."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ def changes(stage: str, configs: Mapping[str, Any], *, machine: Machine) -> Iter
     """Yields words that make a stage's settings smaller, each time more than the time before."""
     config = configs[stage]
     first: list[str] = []
-    if stage.startswith("reward") and config.normalisation.batch_size > FEW_REPLIES:
+    if stage.startswith("reward") and _replies(config, machine) > FEW_REPLIES:
         first = [f"--{stage}.normalisation.batch_size={FEW_REPLIES}"]
         yield first
     smallest = first
@@ -31,6 +32,12 @@ def changes(stage: str, configs: Mapping[str, Any], *, machine: Machine) -> Iter
     for word in _other_readings(stage, configs):
         yield [word]
         yield [*smallest, word]
+
+
+def _replies(config: Any, machine: Machine) -> int:
+    """Returns how many replies each process samples together to normalise scores."""
+    wanted = config.normalisation
+    return min(wanted.batch_size, math.ceil(wanted.num_samples / machine.processes))
 
 
 def _smaller_batches(stage: str, config: Any, *, processes: int) -> Iterator[str]:

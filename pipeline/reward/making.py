@@ -35,7 +35,6 @@ from pipeline.reward.summary import card, headline, summarise
 from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
-    average_at_first,
     check_packing,
     reward_model_from,
 )
@@ -153,8 +152,7 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
     """Returns the body of init_from, or of the SFT model, with a new head.
 
     Raises:
-        UserError: the architecture has not the layers for averaging_layers or dropout, or does not
-            read packed texts.
+        UserError: the architecture has no list of layers for dropout, or reads no packed texts.
     """
     model = reward_model_from(
         config.init_from or sft,
@@ -164,7 +162,6 @@ def build_model(config: RewardConfig, sft: Path, *, reading: Reading) -> PreTrai
     )
     if config.pack and not config.init_from:
         check_packing(model)
-    average_at_first(model, layers=config.averaging_layers)
     if config.dropout > 0:
         add_dropout(model, probability=config.dropout)
     return model

@@ -55,8 +55,6 @@ class RewardConfig(TrainingConfig):
     """Share of the response tokens that are left out at random, others in every pass."""
     lowercase_frac: float = 0.0
     """Share of the responses that are read in lower case, others in every pass."""
-    averaging_layers: int = 0
-    """Last layers that begin by averaging over the text: their queries start at zero."""
     report_gap: float = 0.5
     """Least difference of mean ratings of the pairs that held-out accuracy counts."""
     normalisation: Normalisation = field(default_factory=Normalisation)
@@ -79,14 +77,6 @@ class RewardConfig(TrainingConfig):
             f"labels: must be hard or raters, got {self.labels!r}",
         )
         require(self.max_length >= 1, f"max_length: must be at least 1, got {self.max_length}")
-        require(
-            self.averaging_layers >= 0,
-            f"averaging_layers: must be at least 0, got {self.averaging_layers}",
-        )
-        require(
-            self.averaging_layers == 0 or self.lora.rank == 0,
-            "averaging_layers: an adapter leaves the base as it is; set it or lora.rank to 0",
-        )
         for name in ("dropout", "token_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")

@@ -162,33 +162,3 @@ def add_dropout(model: PreTrainedModel, *, probability: float) -> None:
 
     for layer in layers[0]:
         layer.register_forward_pre_hook(drop)
-
-
-def average_at_first(model: PreTrainedModel, *, layers: int) -> None:
-    """Sets the queries of the last layers to zero, so that they begin as means of what came before.
-
-    A token whose query is zero attends to all tokens before it alike. A score read at the last
-    token then starts as a function of the mean of the text, as a bag of words is, and training
-    leaves that only where the ratings ask for it. Where queries are normalised (Qwen 3) the norm's
-    weight is what is set: a projection at zero would be normalised to full length after one step.
-
-    Raises:
-        UserError: the model has fewer layers, does not call its query projections q_proj, or
-            normalises queries otherwise than by a weight.
-    """
-    named = [(n, m) for n, m in model.named_modules() if n.endswith("q_proj")]
-    if len(named) < layers:
-        raise UserError(
-            f"averaging_layers: {model.config.model_type} has {len(named)} layers with a q_proj, "
-            f"not {layers}; set it to 0"
-        )
-    norms = {n.removesuffix("q_norm"): m for n, m in model.named_modules() if n.endswith("q_norm")}
-    for name, projection in named[len(named) - layers :]:
-        norm = norms.get(name.removesuffix("q_proj"))
-        for parameter in (norm or projection).parameters():
-            nn.init.zeros_(parameter)
-        if norm is not None and norm(torch.ones_like(norm.weight)).any():
-            raise UserError(
-                f"averaging_layers: {model.config.model_type} normalises its queries otherwise "
-                "than by a weight; set it to 0"
-            )

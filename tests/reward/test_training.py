@@ -19,7 +19,6 @@ from pipeline.reward.settings import Normalisation
 from pipeline.reward.training import (
     RankingTrainer,
     add_dropout,
-    average_at_first,
     check_packing,
     reward_model_from,
 )
@@ -171,43 +170,6 @@ def test_the_head_is_new_and_the_body_is_the_language_models(tmp_path):
     assert model.config.pad_token_id == 0
     again = reward_model_from(tmp_path, pad_id=0, seed=3)
     assert torch.equal(model.score.weight, again.score.weight)
-
-
-def with_normalised_queries(model_type: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=2, num_labels=1, pad_token_id=0,
-    )  # fmt: skip
-    return AutoModelForSequenceClassification.from_config(config).eval()
-
-
-@pytest.mark.parametrize("made", [tiny_reward_model, lambda: with_normalised_queries("qwen3")])
-def test_a_layer_that_averages_sees_all_earlier_tokens_alike(made):
-    model = made()
-    average_at_first(model, layers=1)
-    assert model.model.layers[-1].self_attn.q_proj.weight.any() == hasattr(
-        model.model.layers[-1].self_attn, "q_norm"
-    )
-    read = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "output_attentions": True}
-    model.set_attn_implementation("eager")
-    first, last = model(**read).attentions[0], model(**read).attentions[-1]
-    assert_close(last[0, :, 3], torch.full_like(last[0, :, 3], 0.25))
-    assert not torch.allclose(first[0, :, 3], torch.full_like(first[0, :, 3], 0.25), atol=1e-4)
-
-
-def test_a_model_with_too_few_layers_to_average_is_refused():
-    with pytest.raises(
-        UserError, match=r"averaging_layers: llama has 2 layers with a q_proj, not 3"
-    ):
-        average_at_first(tiny_reward_model(), layers=3)
-
-
-def test_a_model_that_normalises_queries_otherwise_is_refused():
-    told = "averaging_layers: gemma3_text normalises its queries otherwise than by a weight"
-    with pytest.raises(UserError, match=told):
-        average_at_first(with_normalised_queries("gemma3_text"), layers=1)
 
 
 def test_scores_come_in_the_order_of_texts_whatever_the_batch():

@@ -180,11 +180,6 @@ def test_a_diverging_run_stops_before_the_weights_move(run_dir):
     [
         ({"row_type": "text"}, "row_type: must be preferences or guard_preferences, got 'text'"),
         ({"labels": "soft"}, "labels: must be hard or raters, got 'soft'"),
-        ({"averaging_layers": -1}, "averaging_layers: must be at least 0, got -1"),
-        (
-            {"averaging_layers": 1, "lora": LoRA(rank=4)},
-            "averaging_layers: an adapter leaves the base as it is; set it or lora.rank to 0",
-        ),
         ({"max_length": 0}, "max_length: must be at least 1, got 0"),
         ({"token_dropout": 1.0}, r"token_dropout: must be in \[0, 1\), got 1.0"),
         ({"lowercase_frac": 1.5}, r"lowercase_frac: must be in \[0, 1\], got 1.5"),
