@@ -84,6 +84,9 @@ def test_what_does_not_fit_is_told_with_exit_code_1(monkeypatch, capsys):
     told = capsys.readouterr().out
     least = "--sft.training.microbatch_size=1 --sft.lora.rank=16 --sft.lora.quantise=4bit"
     assert f"NO  sft does not fit; not even {least} helps (2.0 GB): divide the model" in told
+    first = "--reward.normalisation.batch_size=16"
+    least = f"{first} --reward.lora.rank=16 --reward.lora.quantise=4bit"
+    assert f"NO  reward does not fit; not even {least} helps (2.0 GB): divide the model" in told
 
 
 def test_a_change_that_a_stage_refuses_is_not_tried(monkeypatch, capsys):

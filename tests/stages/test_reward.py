@@ -194,3 +194,5 @@ def test_settings_out_of_range_are_refused(changes, message):
 def test_normalisation_needs_samples():
     with pytest.raises(UserError, match=r"normalisation\.num_samples: must be at least 2, got 1"):
         Normalisation(num_samples=1)
+    with pytest.raises(UserError, match=r"normalisation\.batch_size: must be at least 1, got 0"):
+        Normalisation(batch_size=0)
