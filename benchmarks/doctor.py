@@ -1,8 +1,9 @@
-"""What `make doctor` predicts of a stage's memory, beside what its process took.
+"""What `make doctor` predicts of a stage's memory and time, beside what its process took.
 
 Each case is a real stage on the smoke recipe's rows with a model of up to 57M weights, in a process
-of its own; measured is the peak of its resident memory, which its manifest holds. The models have
-few steps to take: memory does not grow with them.
+of its own; measured is the peak of its resident memory, which its manifest holds, and the median
+second of a step or an update without the first. The models have few steps to take: memory does not
+grow with them.
 
 Run     python -m benchmarks.doctor             every case anew, then the table
         python -m benchmarks.doctor --predict   predictions and the table alone
@@ -21,10 +22,12 @@ from typing import Any
 
 RESULTS = Path("benchmarks/results/doctor.json")
 STEPS = [
-    *("--training.steps=2", "--training.warmup_steps=0"),
+    *("--training.steps=5", "--training.warmup_steps=0", "--training.log_every=1"),
     *("--training.eval_every=0", "--saving.every=0"),
 ]
-UPDATES = ["--updates=1", "--validate_every=1", "--saving.every=0", "--keep_rollout_every=0"]
+UPDATES = ["--updates=4", "--validate_every=4", "--saving.every=0", "--keep_rollout_every=0"]
+PHASES = [f"time/{name}_seconds" for name in ("step", "rollout", "score", "optimise")]
+"""What adds up to a step or an update, as timings.jsonl calls it."""
 LORA = ["--lora.rank=16"]
 
 
@@ -89,8 +92,8 @@ CASES = [
 ]
 
 
-def measure(case: Case, root: Path) -> float:
-    """Returns the peak of the stage's process in MB."""
+def measure(case: Case, root: Path) -> dict[str, float]:
+    """Returns the peak of the stage's process in MB, and the seconds of a step or an update."""
     run = root / case.name
     shutil.rmtree(run, ignore_errors=True)
     for parent, maker in case.parents.items():
@@ -101,7 +104,14 @@ def measure(case: Case, root: Path) -> float:
         shutil.copytree(root / stage, run / stage, copy_function=os.link)
     start(case.stage, case.words, run=run)
     manifest = json.loads((run / case.stage / "manifest.json").read_text())
-    return manifest["circumstances"]["peak_memory_gib"] * 2**30 / 1e6
+    megabytes = manifest["circumstances"]["peak_memory_gib"] * 2**30 / 1e6
+    return {"measured": megabytes, "seconds": median(step_seconds(run / case.stage)[1:])}
+
+
+def step_seconds(folder: Path) -> list[float]:
+    """Returns the seconds of each row of a stage's timings that has any: a step's or an update's."""
+    rows = map(json.loads, (folder / "timings.jsonl").read_text().splitlines())
+    return [sum(spent) for row in rows if (spent := [row[name] for name in PHASES if name in row])]
 
 
 def start(stage: str, words: list[str], *, run: Path) -> None:
@@ -118,8 +128,8 @@ def words_of(case: Case) -> list[str]:
     ]
 
 
-def predict(case: Case, root: Path) -> float:
-    """Returns what the doctor says that the stage's process takes, in MB."""
+def predict(case: Case, root: Path) -> dict[str, float]:
+    """Returns what the doctor says that the stage's process takes, in MB, and seconds."""
     from pipeline.doctor.machine import this_machine
     from pipeline.doctor.needs import Planner
     from stages.doctor import Config, recipe_of
@@ -130,19 +140,27 @@ def predict(case: Case, root: Path) -> float:
     planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking)
     need = planner.need(case.stage, recipe.configs)
     sys.stderr.write(f"{case.name}: {need.peak}, base {need.base / 1e6:.0f} MB\n")
-    return need.total / 1e6
+    return {"predicted": need.total / 1e6, "predicted_seconds": need.seconds}
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Returns the table of docs/doctor.md, and the median error."""
-    lines = ["| stage | measured, MB | predicted, MB | error |", "|---|---|---|---|"]
-    errors = []
+    """Returns the table of docs/doctor.md, and the median errors."""
+    lines = [
+        "| stage | measured, MB | predicted, MB | error | measured, s | predicted, s | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    errors: dict[str, list[float]] = {"memory": [], "time": []}
     for name, found in results.items():
-        error = found["predicted"] / found["measured"] - 1
-        errors.append(abs(error))
-        cells = f"{found['measured']:,.0f} | {found['predicted']:,.0f} | {error:+.1%}"
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join([*lines, "", f"median error {median(errors):.1%}, largest {max(errors):.1%}"])
+        memory = found["predicted"] / found["measured"] - 1
+        time = found["predicted_seconds"] / found["seconds"] - 1
+        errors["memory"].append(abs(memory))
+        errors["time"].append(abs(time))
+        cells = f"{found['measured']:,.0f} | {found['predicted']:,.0f} | {memory:+.1%}"
+        times = f"{found['seconds']:.2f} | {found['predicted_seconds']:.2f} | {time:+.0%}"
+        lines.append(f"| {name} | {cells} | {times} |")
+    for name, all_of in errors.items():
+        lines += ["", f"{name}: median error {median(all_of):.1%}, largest {max(all_of):.1%}"]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -155,8 +173,8 @@ def main() -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if options.predict else {}
     for case in CASES:
         if not options.predict:
-            results[case.name] = {"measured": measure(case, root)}
-        results[case.name]["predicted"] = predict(case, root)
+            results[case.name] = measure(case, root)
+        results[case.name] |= predict(case, root)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     sys.stdout.write(table(results) + "\n")
 

@@ -1,10 +1,11 @@
 """Processes that work together: the only module that knows how Accelerate connects them."""
 
 import atexit
+import contextlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,12 @@ CUBLAS_WORKSPACE = ":4096:8"
 SHARDING = {"fsdp2": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
 """Variables by which accelerate's launcher says how models are divided over the processes."""
 
+ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+"""Variable by which it says what DeepSpeed divides."""
+
+KEPT_WHOLE = ("0", "1")
+"""Stages of ZeRO that divide no gradients (Rajbhandari et al. 2020)."""
+
 PATIENCE = timedelta(hours=1)
 """How long processes wait for what the main one does alone: to merge an adapter of 70B into its
 base, save and digest that takes longer than NCCL's own 10 minutes. Where one ends, none waits so
@@ -31,8 +38,12 @@ long."""
 ON_BOTH = "cuda:nccl,cpu:gloo"
 """What connects processes that exchange tensors of GPUs and of processors."""
 
-OFFLOAD = "FSDP_OFFLOAD_PARAMS"
-"""Variable by which it says that weights stay in the processor's memory between passes."""
+OFFLOADS = {
+    "FSDP_OFFLOAD_PARAMS": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+}
+"""Variables by which it says that the processor's memory keeps what a GPU does not need now."""
 
 NOT_FLATTENED = "muon needs whole matrices, and DeepSpeed lays them end to end"
 """Why one optimizer does not go with models that DeepSpeed divides."""
@@ -68,14 +79,13 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def setup(
-    config: StageConfig, *, shards: Collection[str] = (), offloads: bool = False
-) -> "Accelerator":
+def setup(config: StageConfig, *, divides: str = "nobody", offloads: bool = False) -> "Accelerator":
     """Returns the Accelerator of a connected process, with threads and global seeds set.
 
     Args:
         config: of the stage.
-        shards: ways in which the stage's models may be divided, of SHARDING.
+        divides: who divides its models where the processes were launched to: accelerate, stage
+            (which may as well keep them whole; Accelerate connects the processes alone), or nobody.
         offloads: whether divided weights stay in the processor's memory, which NCCL does not reach.
 
     Raises:
@@ -83,8 +93,10 @@ def setup(
             stage was launched to divide models and cannot.
     """
     _refuse_lonely(config, world_size())
-    _refuse_sharding(shards)
-    _refuse_flattened(config)
+    if divides == "nobody":
+        _refuse_division()
+    if divides == "accelerate":
+        _refuse_flattened(config)
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -97,7 +109,8 @@ def setup(
     on_gpu = torch.cuda.is_available()
     backend = {"backend": ON_BOTH} if offloads and on_gpu else {}
     groups = InitProcessGroupKwargs(timeout=PATIENCE, **backend)
-    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[groups])
+    with _undivided() if divides == "stage" else contextlib.nullcontext():
+        accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[groups])
     _refuse_lonely(config, accelerator.num_processes)
     set_seed(short_stream(config.seed, "stage"))
     return accelerator
@@ -108,19 +121,28 @@ def by_deepspeed() -> bool:
     return os.environ.get(SHARDING["deepspeed"]) == "true"
 
 
-def _refuse_sharding(known: Collection[str]) -> None:
-    for name, variable in SHARDING.items():
-        if os.environ.get(variable) != "true" or name in known:
-            continue
-        if known:
-            raise UserError(
-                f"this stage cannot divide its models as {name} does. Use "
-                "configs/accelerate/fsdp2.yaml, or ddp.yaml"
-            )
+def to_be_divided() -> bool:
+    """Returns whether the processes were launched to divide models."""
+    return any(os.environ.get(variable) == "true" for variable in SHARDING.values())
+
+
+def _refuse_division() -> None:
+    if to_be_divided():
         raise UserError(
             "this stage keeps whole models on every process, it cannot divide them as it is set. "
             "Use configs/accelerate/ddp.yaml"
         )
+
+
+@contextlib.contextmanager
+def _undivided() -> Iterator[None]:
+    """Hides from Accelerate that models are to be divided: it would want to do so itself."""
+    names = [name for name in SHARDING.values() if name in os.environ]
+    said = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(said)
 
 
 def _refuse_flattened(config: StageConfig) -> None:
@@ -133,12 +155,18 @@ def _refuse_flattened(config: StageConfig) -> None:
 
 
 def sharding_of(wanted: str) -> str:
-    """Returns none, fsdp2 or fsdp2_offload: as wanted, or for auto what Accelerate's YAML says."""
+    """Returns none, fsdp2 or fsdp2_offload: as wanted, or for auto what Accelerate's YAML says.
+
+    DeepSpeed's ZeRO 2 and 3 are fsdp2 here, which divides weights, gradients and moments as ZeRO 3
+    does. Where ZeRO's stage stands in a file of DeepSpeed's own, it counts as 3.
+    """
     if wanted != "auto":
         return wanted
-    if world_size() == 1 or os.environ.get(SHARDING["fsdp2"]) != "true":
+    whole = by_deepspeed() and os.environ.get(ZERO_STAGE) in KEPT_WHOLE
+    if world_size() == 1 or whole or not to_be_divided():
         return "none"
-    return "fsdp2_offload" if os.environ.get(OFFLOAD) == "true" else "fsdp2"
+    offloads = any(os.environ.get(name) == value for name, value in OFFLOADS.items())
+    return "fsdp2_offload" if offloads else "fsdp2"
 
 
 def only_main(config: StageConfig) -> bool:

@@ -30,6 +30,10 @@ PREFIXED = ("fsdp_config", "fp8_config", "dynamo_config")
 LEFT_OPEN = {"gpu_ids": "all", "mixed_precision": "no", "dynamo_backend": "no"}
 """What accelerate's launcher takes where neither its YAML nor a word says."""
 
+FSDP = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+"""What stages need of FSDP whatever its YAML says: points that are read whole, and weights that
+every process loads itself, where Transformers would leave those of the others empty."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -204,7 +208,7 @@ def _variables(path: Path, *, total: int, place: dict[str, Any]) -> dict[str, st
         if args.use_deepspeed:
             _, found = prepare_deepspeed_cmd_env(args)
         elif args.use_fsdp or args.multi_gpu:
-            found = prepare_multi_gpu_env(args)
+            found = prepare_multi_gpu_env(args) | (FSDP if args.use_fsdp else {})
         else:
             _, found = prepare_simple_launcher_cmd_env(args)
     changed = {name: value for name, value in found.items() if os.environ.get(name) != value}
@@ -217,7 +221,7 @@ def launch_arguments(path: Path, *, total: int, place: dict[str, Any]) -> argpar
     """Returns accelerate's launch arguments: those of its YAML, and this machine's place.
 
     Raises:
-        UserError: several processes are to share one GPU.
+        UserError: several processes are to share one GPU, or FSDP is not the second.
     """
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
@@ -236,6 +240,8 @@ def launch_arguments(path: Path, *, total: int, place: dict[str, Any]) -> argpar
     one = args.gpu_ids != "all" and "," not in args.gpu_ids
     if one and args.multi_gpu and args.num_machines == 1:
         raise UserError(f"{path}: gpu_ids names one GPU, and MULTI_GPU needs two, or all")
+    if args.use_fsdp and (version := str(args.fsdp_version)) != "2":
+        raise UserError(f"{path}: fsdp_version is {version}; models are divided by 2 only, set it")
     return args
 
 

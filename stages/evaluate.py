@@ -22,7 +22,14 @@ from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.data.tables import stage_rows
-from pipeline.distributed import gather_objects, is_main, rank, setup, world_size
+from pipeline.distributed import (
+    gather_objects,
+    is_main,
+    rank,
+    setup,
+    to_be_divided,
+    world_size,
+)
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS
 from pipeline.manifest import mending_command
 from pipeline.spacing import evenly_spaced
@@ -337,7 +344,9 @@ def generate_in_bulk(config: Config, *, device: Any) -> None:
 
 def run(config: Config) -> None:
     """Measures both policies and writes the report folder, or generates in bulk."""
-    accelerator = setup(config)
+    accelerator = setup(config, divides="stage")
+    if to_be_divided() and is_main():
+        log.info("evaluate: models are whole on every process, whatever ACCELERATE_CONFIG divides")
     if config.generate.model:
         generate_in_bulk(config, device=accelerator.device)
         return

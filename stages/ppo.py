@@ -355,7 +355,7 @@ def run(config: Config) -> None:
     from pipeline.ppo.vllm_engines import check_engine_is_there
 
     offloads = sharding_of(config.sharding) == "fsdp2_offload"
-    accelerator = setup(config, shards=("fsdp2",), offloads=offloads)
+    accelerator = setup(config, divides="stage", offloads=offloads)
     check_sharding(
         config.wanted.sharding,
         roles=config.roles,

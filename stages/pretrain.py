@@ -18,7 +18,7 @@ from pipeline.config import require
 from pipeline.context import context_of, fits
 from pipeline.corpus import Corpus, read_corpus, stack
 from pipeline.data.formats import iterate_rows, replies_of
-from pipeline.distributed import SHARDING, setup, world_size
+from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.lora import quantisation
 from pipeline.origin import (
@@ -364,7 +364,7 @@ def summarise(
 
 def run(config: Config) -> None:
     """Makes the pretrain folder."""
-    device = setup(config, shards=SHARDING).device
+    device = setup(config, divides="accelerate").device
     data = open_artifact(config.folder("data"), kind="dataset")
     vocabulary = open_artifact(config.folder("tokenizer"), kind="tokenizer")
     parents = {"data": data, "tokenizer": vocabulary} | outside_parents(config, "pretrain")

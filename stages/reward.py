@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.command import command
-from pipeline.distributed import SHARDING, setup
+from pipeline.distributed import setup
 from pipeline.origin import outside_parents
 from pipeline.reward.settings import RewardConfig
 
@@ -26,7 +26,7 @@ class Config(RewardConfig):
 
 def run(config: Config) -> None:
     """Makes the reward folder."""
-    device = setup(config, shards=() if config.lora.rank else SHARDING).device
+    device = setup(config, divides="nobody" if config.lora.rank else "accelerate").device
     parents = {
         name: open_artifact(config.folder(name), kind=kind) for name, kind in PARENTS.items()
     } | outside_parents(config, "reward")

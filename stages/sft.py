@@ -15,7 +15,7 @@ from pipeline.checkpoint import StageRun, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import require
 from pipeline.context import context_of, fits
-from pipeline.distributed import SHARDING, setup, world_size
+from pipeline.distributed import setup, world_size
 from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, Example, Examples, collate, read_examples
 from pipeline.lora import LoRA, quantisation, with_adapter
@@ -300,7 +300,7 @@ that {summary["padding_frac"]:.1%} of the positions are padding.
 
 def run(config: Config) -> None:
     """Makes the sft folder."""
-    setup(config, shards=() if config.lora.rank else SHARDING)
+    setup(config, divides="nobody" if config.lora.rank else "accelerate")
     data = open_artifact(config.folder("data"), kind="dataset")
     pretrain = open_artifact(config.folder("pretrain"), kind="causal-lm")
     parents = {"data": data, "pretrain": pretrain}

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from pipeline.optim import given
 from pipeline.restricted import restricted, saved_by_deepspeed
 from pipeline.training import Training
 from stages.sft import Config as SFTConfig
+from tests.stages.test_ppo import make_models
 from tests.support import SMOKE, assert_close, make_corpus, tiny_llama
 
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
@@ -57,7 +59,9 @@ def parents(tmp_path_factory) -> Path:
     return folder
 
 
-def start(zero: int, stage: str, run: Path, *more: str) -> subprocess.Popen[str]:
+def start(
+    zero: int, stage: str, run: Path, *more: str, words: Sequence[str] = WORDS
+) -> subprocess.Popen[str]:
     """A stage of two processes that divide its model by a stage of ZeRO, or keep it whole for 0."""
     how = []
     if zero:
@@ -66,7 +70,7 @@ def start(zero: int, stage: str, run: Path, *more: str) -> subprocess.Popen[str]
         file.write_text(wanted.replace("use_cpu: false", "use_cpu: true"))
         how = [f"--config={file}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.launch", *how, "2", f"stages.{stage}", *WORDS, *more,
+        [sys.executable, "-m", "pipeline.launch", *how, "2", f"stages.{stage}", *words, *more,
          f"--run={run}"],
         env={k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"},
         stderr=subprocess.PIPE,
@@ -144,6 +148,27 @@ def test_a_stage_that_is_stopped_goes_on_as_if_it_had_not_been(parents, tmp_path
 
 
 @needs_deepspeed
+def test_ppo_divides_by_torch_what_zero_would(parents, tmp_path):
+    whole = copied(parents, tmp_path / "whole", "sft")
+    make_models(whole)
+    words = (*SMOKE, "--updates=2", "--validate_every=1", "--validation_prompts=5")
+    code, said = finished(start(0, "ppo", whole, words=words))
+    assert code == 0, said
+    for zero in (2, 3):
+        run = copied(whole, tmp_path / str(zero), "ppo")
+        code, said = finished(start(zero, "ppo", run, words=words))
+        assert code == 0, said
+        chosen = json.loads((run / "ppo" / "manifest.json").read_text())["chosen"]
+        assert (chosen["sharding"], chosen["world_size"]) == ("fsdp2", 2)
+        for name in ("", "value"):
+            ours, theirs = (
+                load_file(folder / "ppo" / name / "model.safetensors") for folder in (run, whole)
+            )
+            for key, weight in theirs.items():
+                assert_close(ours[key], weight, tolerance=1e-5)
+
+
+@needs_deepspeed
 def test_states_of_deepspeed_are_read_without_running_code(tmp_path):
     folder = tmp_path / "global_step1"
     folder.mkdir()
@@ -185,7 +210,7 @@ def test_muon_is_refused_where_matrices_are_laid_end_to_end(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     config = SFTConfig(training=Training(optimizer="muon"))
     with pytest.raises(UserError, match="muon needs whole matrices, and DeepSpeed lays them end"):
-        distributed.setup(config, shards=distributed.SHARDING)
+        distributed.setup(config, divides="accelerate")
     adamw = dataclasses.replace(config, training=Training(optimizer="adamw"))
     distributed._refuse_flattened(adamw)
 

@@ -86,10 +86,20 @@ def test_a_stage_that_keeps_whole_models_refuses_to_divide_them(monkeypatch):
         distributed.setup(StageConfig())
 
 
-def test_a_stage_that_divides_in_one_way_refuses_another(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="cannot divide its models as deepspeed does. Use config"):
-        distributed.setup(StageConfig(), shards=("fsdp2",))
+def test_a_stage_that_divides_by_itself_has_accelerate_connect_processes_alone(monkeypatch):
+    seen = []
+
+    def connected(**_options):
+        seen.append(distributed.to_be_divided())
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(accelerate, "Accelerator", connected)
+    for variable in distributed.SHARDING.values():
+        monkeypatch.setenv(variable, "true")
+        distributed.setup(StageConfig(), divides="stage")
+        assert distributed.to_be_divided()
+        monkeypatch.delenv(variable)
+    assert seen == [False, False]
 
 
 def test_sharding_is_as_wanted_or_as_accelerates_launcher_says(monkeypatch):
@@ -101,6 +111,25 @@ def test_sharding_is_as_wanted_or_as_accelerates_launcher_says(monkeypatch):
     assert distributed.sharding_of("auto") == "fsdp2_offload"
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert distributed.sharding_of("auto") == "none"
+
+
+@pytest.mark.parametrize(
+    ("stage", "offloaded", "expected"),
+    [
+        ("1", "none", "none"),
+        ("2", "none", "fsdp2"),
+        ("3", "none", "fsdp2"),
+        ("", "none", "fsdp2"),
+        ("3", "cpu", "fsdp2_offload"),
+    ],
+)
+def test_zero_is_fsdp2_where_a_stage_divides_by_itself(monkeypatch, stage, offloaded, expected):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", offloaded)
+    assert distributed.sharding_of("auto") == expected
+    assert distributed.sharding_of("none") == "none"
 
 
 LEAVING = """

@@ -95,6 +95,8 @@ dynamo_config:
 fsdp_config:
   version: 2
   offload_params: true
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+  fsdp_cpu_ram_efficient_loading: true
   fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
 deepspeed_config:
   zero_stage: 1
@@ -118,6 +120,8 @@ and one that this machine's place comes before."""
                 "FSDP_VERSION": "2",
                 "FSDP_OFFLOAD_PARAMS": "true",
                 "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+                "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
                 "PARALLELISM_CONFIG_TP_SIZE": "2",
             },
             ("USE_DEEPSPEED",),
@@ -233,6 +237,7 @@ def test_one_process_is_plain_python():
         ("cpu", {"use_cpu": "false"}, "distributed_type MULTI_CPU needs use_cpu: true"),
         ("cpu", {"num_processes": "99999"}, "NPROC=99999: at most"),
         ("fsdp2", {"use_cpu": "true"}, "FSDP with use_cpu: accelerate would not shard"),
+        ("fsdp2", {"  fsdp_version": "1"}, "fsdp_version is 1; models are divided by 2 only, set"),
         ("multi_node", {}, "is for several machines, and MACHINE_RANK is not set. Run the same"),
     ],
 )

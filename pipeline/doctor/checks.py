@@ -189,7 +189,7 @@ def contexts(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
 def sharding(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     """Yields which stages cannot divide their models, where they are to."""
     configs = recipe.configs
-    for stage in (*TRAINED, "ppo", "evaluate"):
+    for stage in (*TRAINED, "ppo"):
         kind = asked(machine, stage, configs).kind
         if stage not in configs:
             continue

@@ -15,9 +15,16 @@ SHARDINGS = {
 
 
 def asked(machine: Machine, stage: str, configs: Mapping[str, Any]) -> Sharding:
-    """Returns how a stage is told to divide its models: by its own setting, or by the machine's."""
+    """Returns how a stage is told to divide its models: by its own setting, or by the machine's.
+
+    Where the machine says ZeRO, ppo divides as FSDP2 does.
+    """
     own = configs["ppo"].sharding if stage == "ppo" else "auto"
-    return machine.sharding if own == "auto" else SHARDINGS[own]
+    if own != "auto":
+        return SHARDINGS[own]
+    if stage == "ppo" and machine.sharding.divides_state:
+        return SHARDINGS["fsdp2_offload" if machine.sharding.offloads else "fsdp2"]
+    return machine.sharding
 
 
 def divided(machine: Machine, stage: str, configs: Mapping[str, Any]) -> Machine:
@@ -35,17 +42,16 @@ def refuses(stage: str, configs: Mapping[str, Any], *, kind: str) -> bool:
         configs: settings by stage.
         kind: none, fsdp, zero2 or zero3.
     """
-    if kind == "none" or stage == "pretrain":
+    if kind == "none" or stage in ("pretrain", "evaluate"):
         return False
-    if stage == "ppo":
-        return kind != "fsdp" or configs["ppo"].roles != "separate"
-    return stage == "evaluate" or configs[stage].lora.rank > 0
+    return configs["ppo"].roles != "separate" if stage == "ppo" else configs[stage].lora.rank > 0
 
 
 def keeps_whole(stage: str, configs: Mapping[str, Any], *, kind: str) -> bool:
     """Returns whether each process holds a stage's models whole though they are to be divided."""
     measured = stage == "pretrain" and configs["pretrain"].take_as_is
-    return kind != "none" and (measured or refuses(stage, configs, kind=kind))
+    reads = measured or stage == "evaluate"
+    return kind != "none" and (reads or refuses(stage, configs, kind=kind))
 
 
 def shares_base(configs: Mapping[str, Any]) -> bool:

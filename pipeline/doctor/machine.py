@@ -96,6 +96,11 @@ class Sharding:
         """Whether gradients and optimizer state are divided."""
         return self.kind != "none"
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the host's memory keeps some of it."""
+        return self.offload_weights or self.offload_optimizer
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:

@@ -261,6 +261,8 @@ def test_ppos_own_setting_says_how_it_is_divided_whatever_the_file_says():
 
     whole = found(PPOConfig())
     assert found(PPOConfig(sharding="fsdp2")) == found(PPOConfig(), kind="fsdp") == whole / 4
+    assert found(PPOConfig(), kind="zero2") == found(PPOConfig(), kind="zero3") == whole / 4
+    assert found(PPOConfig(), kind="zero2", offload_optimizer=True) == 0
     assert found(PPOConfig(sharding="fsdp2_offload")) == 0
     assert found(PPOConfig(sharding="none"), kind="fsdp") == whole
     lora = PPOConfig(sharding="fsdp2", roles="lora", lora=LoRA(rank=4))

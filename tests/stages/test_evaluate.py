@@ -1,6 +1,7 @@
 """The evaluate stage on tiny models: figures, invariance, bulk generation, refusals."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,16 +96,18 @@ def test_batches_do_not_change_what_is_said(evaluated, chain, tmp_path):
         assert [d["text"] for d in ours["draws"]] == [d["text"] for d in theirs["draws"]]
 
 
-def together(folder, *words):
+def together(folder, *words, environment):
     """Evaluates in two processes, as `make NPROC=2` does."""
     launch = [sys.executable, "-m", "pipeline.launch", "2", "stages.evaluate"]
     result = subprocess.run(
         [*launch, f"--run={folder}", *SMALL, *words],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("models are whole on every process") == bool(environment)
 
 
 def leaves(value):
@@ -115,13 +118,15 @@ def leaves(value):
     return [leaf for one in inner for leaf in leaves(one)]
 
 
-@pytest.mark.parametrize("num_prompts", [12, 1])
-def test_two_processes_find_what_one_does(chain, tmp_path, num_prompts):
-    # Of one prompt, the second process gets none.
+@pytest.mark.parametrize(
+    ("num_prompts", "environment"), [(12, {}), (1, {"ACCELERATE_USE_FSDP": "true"})]
+)
+def test_two_processes_find_what_one_does(chain, tmp_path, num_prompts, environment):
+    # Of one prompt, the second process gets none. What divides models in training does not here.
     alone, two = copy(chain, tmp_path / "alone"), copy(chain, tmp_path / "together")
     words = [f"--num_prompts={num_prompts}"]
     assert main([f"--run={alone}", *SMALL, *words]) == 0
-    together(two, *words)
+    together(two, *words, environment=environment)
     assert len(records_of(two)) == num_prompts
     for found in (records_of, results_of):
         for ours, theirs in zip(leaves(found(two)), leaves(found(alone)), strict=True):
