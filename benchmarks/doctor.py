@@ -109,7 +109,7 @@ def measure(case: Case, root: Path) -> dict[str, float]:
 
 
 def step_seconds(folder: Path) -> list[float]:
-    """Returns the seconds of each row of a stage's timings that has any: a step's or an update's."""
+    """Returns the seconds of each step or update that a stage's timings tell of."""
     rows = map(json.loads, (folder / "timings.jsonl").read_text().splitlines())
     return [sum(spent) for row in rows if (spent := [row[name] for name in PHASES if name in row])]
 
