@@ -14,14 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, told
 from pipeline.storage import flatten
 
 log = logging.getLogger(__name__)
 
 PROJECT = "rlhf-pipeline"
 TABLE = "samples"
+CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+FORMER_HOSTS = {"api.forge.coreweave.com": "api.wandb.ai"}
+"""wandb's own server, and the name by which older netrc files know it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +125,7 @@ class WandB:
     def finish(self) -> str:
         """Ends the run; when it was offline, returns how to upload all of its sessions."""
         run = self._tracker.run
-        offline, folder = os.environ.get("WANDB_MODE") == "offline", Path(run.dir).parents[1]
+        offline, folder = run.offline, Path(run.dir).parents[1]
         self._tracker.finish()
         upload = f"wandb sync {folder}/*-{run.id}"
         return f"wandb was offline; to upload this run: {upload}" if offline else ""
@@ -219,15 +223,38 @@ BOARDS: dict[str, Callable[[TrackedRun], Board]] = {
 
 
 def key_is_configured() -> bool:
-    """Returns whether Weights & Biases finds a key: in the environment or in the netrc file."""
+    """Returns whether Weights & Biases finds a key: by the environment, its settings or netrc.
+
+    wandb itself says so (`wandb.login`) only once its session has read the environment for good.
+
+    Raises:
+        UserError: WANDB_BASE_URL is no server's address.
+    """
     import netrc
 
-    if os.environ.get("WANDB_API_KEY"):
+    settings = _settings()
+    if settings.api_key or any(os.environ.get(name) for name in CREDENTIALS):
         return True
+    host = urlsplit(settings.base_url).netloc
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
     except (OSError, netrc.NetrcParseError):
         return False
+    entry = known.authenticators(host) or known.authenticators(FORMER_HOSTS.get(host, host))
+    return bool(entry and entry[2])
+
+
+def _settings() -> Any:
+    """Returns what wandb's files of settings say, and which server the environment names."""
+    import wandb
+
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = wandb.Settings(silent=True, settings_system=str(folder / "settings"))
+    settings.update_from_system_settings()
+    if server := os.environ.get("WANDB_BASE_URL"):
+        with told("WANDB_BASE_URL is no address of a server"):
+            settings.base_url = server
+    return settings
 
 
 def _go_offline(error: Exception, *, must: bool) -> None:
@@ -238,6 +265,9 @@ def _go_offline(error: Exception, *, must: bool) -> None:
             "--tracking=auto, which goes on offline by itself"
         ) from error
     log.warning("wandb did not start (%s): it goes on offline", first_line(error))
+    import wandb
+
+    wandb.teardown()  # its session holds the run's id, and read the environment when it began
     os.environ["WANDB_MODE"] = "offline"
 
 

@@ -1,6 +1,7 @@
 """Experiment trackers: a run that continues, tables, files, and nothing without being asked."""
 
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -28,6 +29,7 @@ class FakeRun:
             settings.get("dir", "."), "wandb", f"offline-run-1-{settings.get('id')}", "files"
         )
         self.dir, self.id, self.saved, self.summary = str(folder), settings.get("id"), [], {}
+        self.offline = os.environ.get("WANDB_MODE") == "offline"
         folder.mkdir(parents=True, exist_ok=True)
 
     def define_metric(self, name, step_metric):
