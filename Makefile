@@ -4,11 +4,11 @@ RECIPE = cpu##               recipe: the folder below configs/ whose YAML files 
 RUN = runs/$(RECIPE)##       folder of the run; one subfolder per stage
 ARGS =##                     settings for the stages named on the command line, as in --kl.coef=0.1
 FORCE =##                    1 rebuilds the stages named on the command line (with 'all': all)
-NPROC = 1##                  processes of a stage
+NPROC = 1##                  processes of a stage (not given: what ACCELERATE_CONFIG says, or one)
 DEADLINE =##                 time at which the stages must have ended, in seconds since 1970
 ACCELERATE_CONFIG =##        accelerate's YAML for GPUs and clusters, as in configs/accelerate/ddp.yaml
 SBATCH =##                   sbatch's options for every job of 'make slurm', as in --partition=long
-SBATCH_GPU =##               the same for the stages that train or generate, as in --gres=gpu:8
+SBATCH_GPU =##               the same for the stages that train or generate, as in --gres=gpu:8 --cpus-per-task=64 --mem=512G
 DRY =##                      1: 'make slurm' shows its commands and submits nothing
 SEEDS = 1 2 3##              seeds of 'make seeds'
 KILLS = 100##                kills of 'make crash-test'
@@ -70,13 +70,14 @@ ppo: $(RUN)/ppo/manifest.json             ## align the model with PPO
 evaluate: $(RUN)/evaluate/manifest.json   ## compare the aligned model with the one before
 report: $(RUN)/report/manifest.json       ## write report/index.html
 
-# A stage reruns when a parent's manifest or its own YAML is newer than its own manifest.
+# A stage reruns when a parent's manifest or its own YAML is newer than its own manifest. Where the
+# guard is among STAGES, ppo is made after it.
 parents_tokenizer := data
 parents_pretrain := data tokenizer
 parents_sft := data pretrain
 parents_reward := data sft
 parents_reward_guard := data sft
-parents_ppo := data sft reward
+parents_ppo := data sft reward $(filter reward_guard,$(STAGES))
 parents_evaluate := data pretrain sft reward ppo
 parents_report := data tokenizer pretrain sft reward ppo evaluate
 
@@ -89,8 +90,9 @@ settings = --recipe=$(RECIPE) --run=$(RUN) \
 	$(if $(filter $1,$(named)),$(if $(force),--force=true) $(ARGS))
 
 # One process is plain Python. Several, and whatever accelerate's YAML describes, are started by
-# pipeline.launch, which tells each stage how many they are.
-launcher := $(if $(ACCELERATE_CONFIG),pipeline.launch --config=$(ACCELERATE_CONFIG) $(NPROC) \
+# pipeline.launch, which tells each stage how many they are; 0 are as many as the YAML says.
+given := $(if $(filter-out file,$(origin NPROC)),$(NPROC))
+launcher := $(if $(ACCELERATE_CONFIG),pipeline.launch --config=$(ACCELERATE_CONFIG) $(or $(given),0) \
 	,$(if $(filter-out 1,$(NPROC)),pipeline.launch $(NPROC) ))
 launch = $(PYTHON) -m $(launcher)stages.$1
 
@@ -101,7 +103,7 @@ $(RUN)/$1/manifest.json: configs/$(RECIPE)/$1.yaml $(parents_$1:%=$(RUN)/%/manif
 		$(if $(force)$(strip $(ARGS)),$(if $(filter $1,$(named)),always)) | $(venv)
 	@$$(call launch,$1) $$(call settings,$1)
 endef
-$(foreach stage,$(STAGES) $(OPTIONAL),$(eval $(call rule,$(stage))))
+$(foreach stage,$(sort $(STAGES) $(OPTIONAL)),$(eval $(call rule,$(stage))))
 
 always:
 
@@ -131,7 +133,7 @@ lineage: $(venv) ## verify the run, digest by digest from the data sets on, and 
 	@$(PYTHON) -m stages.lineage --recipe=$(RECIPE) --run=$(RUN) $(ARGS)
 
 doctor: $(venv) ## memory, time and mistakes of a recipe, before anything is loaded
-	@$(PYTHON) -m stages.doctor --recipe=$(RECIPE) --run=$(RUN) $(if $(filter-out 1,$(NPROC)),--num_processes=$(NPROC)) \
+	@$(PYTHON) -m stages.doctor --recipe=$(RECIPE) --run=$(RUN) $(if $(given),--num_processes=$(given)) \
 		$(if $(ACCELERATE_CONFIG),--accelerate_config=$(ACCELERATE_CONFIG)) $(ARGS)
 
 chat: $(venv) ## talk to a model in the terminal

@@ -212,13 +212,14 @@ def parsed(argv: Sequence[str]) -> tuple[str, int, list[str]]:
     """Returns accelerate's YAML (empty for none), the number of processes, and the program.
 
     Raises:
-        UserError: one of the last two is missing, or the number is none.
+        UserError: one of the last two is missing, or the number is none, as 0 is without a YAML.
     """
     words = list(argv)
     config = ""
     if words and words[0].startswith(CONFIG):
         config = words.pop(0).removeprefix(CONFIG)
-    if len(words) < 2 or not words[0].isdecimal() or int(words[0]) < 1:
+    fewest = 0 if config else 1
+    if len(words) < 2 or not words[0].isdecimal() or int(words[0]) < fewest:
         raise UserError(f"how many processes of which program? {USAGE}")
     return config, int(words[0]), words[1:]
 
@@ -228,12 +229,12 @@ def main(argv: Sequence[str]) -> int:
 
     Args:
         argv: accelerate's YAML as `--config=FILE`, if any; number of processes (with a YAML: on all
-            machines, 1 for as many as it says), module, and the module's own words.
+            machines, 0 for as many as it says), module, and the module's own words.
     """
     try:
         config, processes, program = parsed(argv)
         if config:
-            placement = as_configured(Path(config), processes=processes if processes > 1 else 0)
+            placement = as_configured(Path(config), processes=processes)
         else:
             placement = on_processors(processes)
     except UserError as error:

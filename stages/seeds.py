@@ -71,7 +71,8 @@ def make_words(config: Config, seed: int) -> list[str]:
     settings += [f"--threads={config.shared_threads}"] if config.shared_threads else []
     words = ["make", "--no-print-directory", "all", f"RECIPE={config.recipe}"]
     words += [f"RUN={config.seed_folder(seed)}", f"PYTHON={sys.executable}"]
-    words += [f"ARGS={' '.join(settings)}", f"NPROC={config.num_processes}"]
+    words += [f"ARGS={' '.join(settings)}"]
+    words += [f"NPROC={config.num_processes}"] if config.num_processes > 1 else []
     return words + (["FORCE=1"] if config.force else [])
 
 

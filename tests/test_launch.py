@@ -217,7 +217,7 @@ def test_two_machines_are_connected_by_what_each_is_told(tmp_path):
     (tmp_path / "two.yaml").write_text(yaml.replace("num_processes: 16", "num_processes: 4"))
     machines = [
         started(
-            tmp_path, SUMMED, "--config=two.yaml", 1,
+            tmp_path, SUMMED, "--config=two.yaml", 0,
             SLURM_NNODES="2", SLURM_NODEID=str(number), SLURM_LAUNCH_NODE_IPADDR="127.0.0.1",
             SLURM_JOB_ID=str(os.getpid()), GLOO_SOCKET_IFNAME="lo",
         )
@@ -229,11 +229,21 @@ def test_two_machines_are_connected_by_what_each_is_told(tmp_path):
         assert sorted(said.splitlines()) == [f"15 {local} --num_processes=4" for local in (0, 1)]
 
 
+@pytest.mark.parametrize(("processes", "connected"), [(0, 2), (1, 1), (3, 3)])
+def test_the_number_that_is_said_comes_before_the_yaml(tmp_path, processes, connected):
+    yaml = Path("configs/accelerate/cpu.yaml").resolve()
+    program = "import os, sys\nos.write(1, f'{sys.argv[-1]}\\n'.encode())\n"
+    process = started(tmp_path, program, f"--config={yaml}", processes)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert said.splitlines() == [f"--num_processes={connected}"] * connected
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["9999", "this"], "NPROC=9999: at most"),
-        (["--config=configs/accelerate/ddp.yaml", "1", "this"], "ddp.yaml asks for 2 GPU(s) on t"),
+        (["--config=configs/accelerate/ddp.yaml", "0", "this"], "ddp.yaml asks for 2 GPU(s) on t"),
         ([], "how many processes of which program? Say: python -m pipeline.launch 2 stages.ppo"),
         (["--config=configs/accelerate/ddp.yaml"], "how many processes of which program?"),
         (["2"], "how many processes of which program?"),

@@ -163,6 +163,16 @@ def test_the_guard_is_made_when_asked_for_and_not_with_all(checkout):
     assert stages(checkout) == ["reward", "ppo", "evaluate", "report"]
 
 
+def test_the_guard_among_the_stages_is_made_before_ppo(checkout):
+    names = "STAGES=data tokenizer pretrain sft ppo reward reward_guard"
+    result = make(checkout, names)
+    assert stages(checkout) == [*STAGES[:4], "reward", "reward_guard", "ppo"]
+    assert result.stderr == ""
+    touch(checkout / "configs" / "tiny" / "reward_guard.yaml")
+    make(checkout, names)
+    assert stages(checkout) == ["reward_guard", "ppo"]
+
+
 def test_run_names_the_folder(checkout):
     make(checkout, "data", "RUN=elsewhere/mine")
     assert (checkout / "elsewhere" / "mine" / "data" / "manifest.json").exists()
@@ -177,6 +187,17 @@ def test_the_launcher_is_given_accelerates_file(checkout):
     (checkout / "ddp.yaml").touch()
     words = make(checkout, "-n", "data", "ACCELERATE_CONFIG=ddp.yaml", "NPROC=3").stdout
     assert "./python -m pipeline.launch --config=ddp.yaml 3 stages.data --recipe=tiny" in words
+
+
+@pytest.mark.parametrize(("said", "processes"), [([], 0), (["NPROC=1"], 1)])
+def test_one_process_that_is_asked_for_comes_before_accelerates_file(checkout, said, processes):
+    (checkout / "ddp.yaml").touch()
+    words = ["ACCELERATE_CONFIG=ddp.yaml", *said]
+    launched = f"pipeline.launch --config=ddp.yaml {processes} stages.ppo --recipe=tiny"
+    assert launched in make(checkout, "-n", "ppo", *words).stdout
+    assert launched in make(checkout, "slurm", "DRY=1", "STAGES=ppo", *words).stdout
+    make(checkout, "doctor", *words)
+    assert ("--num_processes=1" in calls(checkout)[0]) == bool(said)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,11 @@ sys.exit(code if code >= 0 else 128 - code)
 """
 
 SCONTROL = """#!/bin/sh
+# Says of a job that was cancelled what Slurm's own says while its script still runs.
 case $1 in
-  show) echo "JobId=$3 JobState=$(cat jobs/$3)" ;;
+  show)
+    case $(cat "jobs/$3") in CANCELLED) state=COMPLETING ;; *) state=${SHOWN-RUNNING} ;; esac
+    printf 'JobId=%s JobName=stage\\n   JobState=%s Reason=None\\n' "$3" "$state" ;;
   requeue) touch "requeued-$2" ;;
 esac
 """
@@ -172,6 +175,20 @@ def test_a_dry_run_shows_the_commands_and_submits_nothing(checkout):
     assert not (checkout / "runs").exists()
 
 
+def test_ppo_waits_for_the_guard_that_is_named_among_the_stages(checkout):
+    words = [f"STAGES={' '.join([*STAGES[:5], 'reward_guard', *STAGES[5:]])}", "ARGS=--seed=2"]
+    _, result = submitted(checkout, "DRY=1", "SBATCH_GPU=--gres=gpu:8 --mem=512G", *words)
+    jobs = {line.partition("=")[0]: line for line in result.stdout.splitlines() if "sbatch" in line}
+    assert list(jobs) == [*STAGES[:5], "reward_guard", *STAGES[5:]]
+    assert "--dependency=afterok:$data:$sft --gres=gpu:8 --mem=512G " in jobs["reward_guard"]
+    assert "stage.sbatch deadline ./python -m stages.reward_guard" in jobs["reward_guard"]
+    assert jobs["reward_guard"].endswith(" --seed=2)")
+    assert "--dependency=afterok:$data:$sft:$reward:$reward_guard " in jobs["ppo"]
+    assert result.stderr == ""
+    states, _ = submitted(checkout, *words, FAIL="reward_guard")
+    assert (states["reward"], states["ppo"]) == ("COMPLETED", "CANCELLED")
+
+
 def test_a_stage_that_fails_cancels_those_that_wait_for_it(checkout):
     states, _ = submitted(checkout, FAIL="reward")
     done = dict.fromkeys(["data", "tokenizer", "pretrain", "sft"], "COMPLETED")
@@ -201,6 +218,16 @@ def test_a_job_that_was_cancelled_is_not_requeued(checkout):
     states, _ = submitted(checkout, "STAGES=sft", SLOW="sft")
     assert states == {"sft": "CANCELLED"}
     assert len(calls(checkout)) == 1
+    assert "is not requeued: JobState=COMPLETING" in log_of(checkout, "sft")
+
+
+@pytest.mark.parametrize(("shown", "state"), [("SIGNALING", "COMPLETED"), ("", "FAILED")])
+def test_a_job_that_slurm_still_signals_is_requeued_and_one_it_does_not_know_is_not(
+    checkout, shown, state
+):
+    (checkout / "preempt").write_text("stages.sft runs/tiny/sft/metrics.jsonl")
+    states, _ = submitted(checkout, "STAGES=sft", SLOW="sft", SHOWN=shown)
+    assert states == {"sft": state}
 
 
 def test_a_stage_that_never_gets_anywhere_is_not_requeued_for_ever(checkout):

@@ -52,6 +52,12 @@ def test_each_seed_is_a_run_of_its_own():
     assert make_words(Config(force=True), 1)[-1] == "FORCE=1"
 
 
+def test_one_process_is_left_to_make_which_may_have_accelerates_file():
+    words = [make_words(Config(num_processes=number), 1) for number in (1, 2)]
+    assert not any(word.startswith("NPROC") for word in words[0])
+    assert "NPROC=2" in words[1]
+
+
 def test_stages_keep_their_own_tracking_and_bits_unless_the_seeds_say_otherwise():
     assert "ARGS=--seed=1" in make_words(Config(), 1)
     told = make_words(Config(tracking="wandb", deterministic=True), 1)
