@@ -2,8 +2,9 @@
 
 Each run is the smoke stage as a user starts it, one thread a process, processes in turns. Strong
 scaling keeps the prompts of an update, weak scaling gives each process as many. The first update,
-which warms up, is left out. What a process does not compute is what its seconds on the wall exceed
-its processor's seconds by: waiting, for others or for the disk (collectives of gloo wait so too).
+which warms up, is left out. Of the phases' seconds those in collectives (waiting for the other and
+sending) are told apart, and beside them what training waits for a resume point after every update.
+idle_frac is the share of the whole stage's seconds in which a process does not compute.
 
 Run     python -m benchmarks.scaling [--parents=runs/smoke --runs=3 --updates=4]
         prints the table of docs/scaling.md; an idle machine of two cores is needed
@@ -22,6 +23,7 @@ from statistics import median
 PROMPTS = 32
 LENGTH = 64
 PHASES = ("rollout", "score", "optimise")
+NOT_COMPUTING = ("collectives", "saving")
 CASES = {"one": (1, 1), "strong": (2, 1), "weak": (2, 2)}
 """Number of processes, and of shares of PROMPTS, of each case."""
 
@@ -37,7 +39,7 @@ def run_stage(parents: Path, *, processes: int, prompts: int, updates: int) -> d
             "--tracking=none", "--threads=1", "--workers=1", f"--updates={updates}",
             f"--prompts_per_update={prompts}", f"--minibatch_size={prompts // 4}",
             f"--microbatch_size={PROMPTS // 8}", f"--max_response_tokens={LENGTH}",
-            "--validate_every=1000", "--saving.every=0",
+            "--validate_every=1000", "--saving.every=1",
         ]  # fmt: skip
         start = time.perf_counter()
         process = subprocess.Popen(words)
@@ -48,9 +50,13 @@ def run_stage(parents: Path, *, processes: int, prompts: int, updates: int) -> d
         wall = time.perf_counter() - start
         lines = (Path(folder) / "ppo" / "timings.jsonl").read_text().splitlines()[1:]
     rows = [json.loads(line) for line in lines]
-    found = {name: median(row[f"time/{name}_seconds"] for row in rows) for name in PHASES}
+    seconds = {
+        name: median(row.get(f"time/{name}_seconds", 0.0) for row in rows)
+        for name in (*PHASES, *NOT_COMPUTING)
+    }
     busy = usage.ru_utime + usage.ru_stime
-    return {**found, "update": sum(found.values()), "idle_frac": 1 - busy / (wall * processes)}
+    update = sum(seconds[name] for name in PHASES)
+    return {**seconds, "update": update, "idle_frac": 1 - busy / (wall * processes)}
 
 
 def main() -> None:
@@ -71,10 +77,10 @@ def main() -> None:
             )
     sys.stdout.write("| phase | one process, s | strong: two, s | efficiency | weak: two, s |")
     sys.stdout.write(" efficiency |\n|---|---|---|---|---|---|\n")
-    for phase in (*PHASES, "update", "idle_frac"):
+    for phase in (*PHASES, "update", *NOT_COMPUTING, "idle_frac"):
         one, strong, weak = ([run[phase] for run in found[name]] for name in CASES)
         cells = [f"{median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in (one, strong, weak)]
-        if phase == "idle_frac":
+        if phase in (*NOT_COMPUTING, "idle_frac"):
             cells = [cells[0], cells[1], "", cells[2], ""]
         else:
             efficient = f"{median(one) / median(strong) / 2:.2f}"

@@ -51,7 +51,8 @@ class Hardware:
 class Job:
     """A model of 8 billion weights, all four roles whole, divided with FSDP2.
 
-    A moved weight takes 16 bytes (itself in float32, gradient, two moments), a frozen one 2.
+    A moved weight takes 16 bytes (itself in float32, gradient, two moments), a frozen one 4; passes
+    and the copy that replies read them in 2.
     """
 
     weights: float = 8.0e9
@@ -159,7 +160,7 @@ def update(
 
 def memory_gb(world: int, rows: int, job: Job) -> float:
     """Returns the GB that one GPU holds at most, activations of a microbatch left out."""
-    moved, frozen = 2 * 16 * job.weights / world, 2 * 2 * job.weights / world
+    moved, frozen = 2 * 16 * job.weights / world, 2 * 4 * job.weights / world
     cache = rows * (job.prompt_tokens + job.budget) * job.cache_bytes
     return (moved + frozen + 2 * job.weights + cache) / 1e9
 

@@ -1,13 +1,13 @@
 """Compares our PPO with TRL 1.12's, in turn, on the same models, prompts and rollouts.
 
 Each side is one process that rests while the other works. Every pair is one update of each; ratios
-are of the two halves of a pair. Both run in one precision on the same number of threads; for TRL,
-bf16 is its own flag. Roles that share weights are another algorithm: their rows say so, and TRL's
-side stays as it is.
+are of the two halves of a pair. Both run on the same number of threads, and in one precision unless
+TRL's is named; bf16 is its own flag there. Roles that share weights are another algorithm: their
+rows say so, and TRL's side stays as it is.
 
-Run     make bench                          the table of docs/performance.md
-        make bench ARGS="--workloads S --pairs 3 --precision bf16"
-        make bench ARGS="--workloads S --roles lora"
+Run     make bench                          the table of docs/performance.md, both precisions
+        make bench ARGS="--workloads S --pairs 3 --precision bf16 --peer_precision fp32"
+        make bench ARGS="--workloads S --precision fp32 --roles lora"
 """
 
 import argparse
@@ -96,20 +96,22 @@ def compare(
     pairs: int,
     threads: int,
     precision: str,
+    peer_precision: str,
     roles: str,
 ) -> Any:
     """Returns the figures of all updates by side, the first of each left out."""
     write(workload, folder, rollouts=pairs + 1)
     if roles == "lora":
         write_adapted_reward(folder / "reward", base=folder / "policy")
-    name = workload.name if roles == "separate" else f"{workload.name}, {roles}"
-    result: dict[str, Any] = {"workload": name}
+    named = [workload.name, *[roles] * (roles != "separate"), *["bf16"] * (precision == "bf16")]
+    named += [f"TRL {peer_precision}"] * (peer_precision != precision)
+    result: dict[str, Any] = {"workload": ", ".join(named)}
     if not workload.ends and precision == "fp32" and roles == "separate":
         result["agreement"] = check_agreement(folder, peer=peer, threads=threads)
-    arguments = (str(folder), str(threads), precision)
+    common, module = (str(folder), str(threads)), "benchmarks.versus_trl"
     sides = {
-        "trl": Side(str(peer), "-m", "benchmarks.versus_trl.peer", *arguments),
-        "ours": Side(sys.executable, "-m", "benchmarks.versus_trl.ours", *arguments, roles),
+        "trl": Side(str(peer), "-m", f"{module}.peer", *common, peer_precision),
+        "ours": Side(sys.executable, "-m", f"{module}.ours", *common, precision, roles),
     }
     figures: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
     for number in range(pairs + 1):
@@ -146,34 +148,42 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    precisions = ("fp32", "bf16")
+    parser.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
+    parser.add_argument("--peer_precision", choices=precisions, help="TRL's; ours where not said")
     parser.add_argument("--roles", choices=MODES, default="separate", help="ppo's 'roles', ours")
     options = parser.parse_args()
     if not options.peer.is_file():
         sys.exit(f"bench: --peer={options.peer} names no interpreter; 'make bench' builds TRL's")
     if min(options.pairs, options.threads) < 1:
         sys.exit("bench: --pairs and --threads must be at least 1")
-    limit = matrix_limit(options.threads, precision=options.precision)
-    table = [*HEADING]
-    results = []
+    for precision in options.precision:
+        sys.stdout.write(measured(options, precision=precision) + "\n")
+
+
+def measured(options: argparse.Namespace, *, precision: str) -> str:
+    """Returns the table of all workloads in one precision; everything measured is written too."""
+    limit = matrix_limit(options.threads, precision=precision)
+    peer_precision = options.peer_precision or precision
+    table, agreement = [*HEADING], []
     for name in options.workloads:
         with tempfile.TemporaryDirectory() as folder:
             result = compare(
                 WORKLOADS[name], Path(folder), peer=options.peer, pairs=options.pairs,
-                threads=options.threads, precision=options.precision, roles=options.roles,
+                threads=options.threads, precision=precision, peer_precision=peer_precision,
+                roles=options.roles,
             )  # fmt: skip
-        results.append(result)
         table += lines(result, limit=limit)
-        settings = {"threads": options.threads, "precision": options.precision}
+        agreement += [f"{name}: {result['agreement']}"] if "agreement" in result else []
+        settings = {"threads": options.threads, "precision": precision, "peer": peer_precision}
         content = {"machine": machine(), **settings, "limit_flops": limit, **result}
         RESULTS.mkdir(exist_ok=True)
-        unusual = {options.roles, options.precision} - {"separate", "fp32"}
+        unusual = {options.roles, precision} - {"separate", "fp32"}
+        unusual |= {f"trl_{peer_precision}"} if peer_precision != precision else set()
         path = RESULTS / f"{'-'.join(['versus_trl', name, *sorted(unusual)])}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
-    agreement = [f"{r['workload']}: {r['agreement']}" for r in results if "agreement" in r]
-    reached = f"{limit / 1e9:.0f} GFLOP/s in matrix products"
-    limits = f"{options.precision}, {options.threads} threads, {reached}"
-    sys.stdout.write("\n".join([limits, *agreement, "", *table]) + "\n")
+    limits = f"{precision}, {options.threads} threads, {limit / 1e9:.0f} GFLOP/s in matrix products"
+    return "\n".join([limits, *agreement, "", *table])
 
 
 if __name__ == "__main__":
