@@ -91,11 +91,17 @@ class Artifact:
 def open_artifact(path: Path, *, kind: str) -> Artifact:
     """Returns the finished artifact in a folder after verifying the digest of every file.
 
+    The main process verifies it for all, and every process must call it.
+
     Raises:
         UserError: the folder is missing, unfinished, altered, or of another kind; the message
             names the command that mends it.
     """
-    path = Path(path)
+    return distributed.on_main(lambda: verified(Path(path), kind=kind))
+
+
+def verified(path: Path, *, kind: str) -> Artifact:
+    """Returns what `open_artifact` does, for this process alone."""
     mend = mending_command(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist. Run: {mend}")
@@ -181,18 +187,20 @@ class StageRun:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, default=plain) + "\n")
 
-    def save_point(self, step: int, write: Callable[[Path], None]) -> None:
-        """Writes a resume point, which is published as checkpoints/step-N while the stage goes on.
+    def save_point(self, step: int, write: Callable[[Path], None]) -> float:
+        """Returns the seconds it took to write a resume point, published while the stage goes on.
 
         Args:
             step: number the point is found by.
             write: writes the state's files into the folder it is given; called on every process.
         """
-        self.points.save(step, write, seconds=self.elapsed_seconds)
+        begun = self.elapsed_seconds
+        self.points.save(step, write, seconds=begun)
+        return self.elapsed_seconds - begun
 
     def latest_point(self) -> tuple[int, Path] | None:
-        """Returns step and folder of the newest resume point, or None at a fresh start."""
-        return self.points.latest()
+        """Returns step and folder of the newest resume point, the same on every process, or None."""
+        return distributed.on_main(self.points.latest)
 
     def resolved(self, config: C) -> C:
         """Returns the configuration with the precision that `auto` stands for.
@@ -338,7 +346,7 @@ def _open(run: StageRun) -> None:
         with undone_on_failure(run.points):
             before = {name: rows_in(run.path / name) for name in LOGS}
             run.earlier_seconds = _prepare(run)
-            run.tracker = _track(run, before if run.latest_point() else None)
+            run.tracker = _track(run, before if run.points.latest() else None)
     except BaseException:
         run.lock.release()
         raise

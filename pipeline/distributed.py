@@ -5,6 +5,7 @@ import contextlib
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 CUBLAS_WORKSPACE = ":4096:8"
 """Workspaces with which cuBLAS is deterministic (CUDA toolkit, cuBLAS, results reproducibility)."""
+
+USE_CPU = "ACCELERATE_USE_CPU"
+"""Variable by which accelerate's launcher says that processes compute on processors."""
 
 SHARDING = {"fsdp2": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
 """Variables by which accelerate's launcher says how models are divided over the processes."""
@@ -47,6 +51,9 @@ OFFLOADS = {
 
 NOT_FLATTENED = "muon needs whole matrices, and DeepSpeed lays them end to end"
 """Why one optimizer does not go with models that DeepSpeed divides."""
+
+_together = [0.0]
+"""Seconds that this process has been in collectives."""
 
 _ends_with: list[int] = []
 """Exit code of a process that is to end without Python's teardown, once it is known."""
@@ -79,6 +86,14 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+def on_gpu() -> bool:
+    """Returns whether models compute on a GPU: one is here, and the launch asks for no other."""
+    import torch
+
+    processors = os.environ.get(USE_CPU, "").lower() in ("1", "true")
+    return torch.cuda.is_available() and not processors
+
+
 def setup(config: StageConfig, *, divides: str = "nobody", offloads: bool = False) -> "Accelerator":
     """Returns the Accelerator of a connected process, with threads and global seeds set.
 
@@ -106,11 +121,11 @@ def setup(config: StageConfig, *, divides: str = "nobody", offloads: bool = Fals
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    on_gpu = torch.cuda.is_available()
-    backend = {"backend": ON_BOTH} if offloads and on_gpu else {}
+    has_gpu = on_gpu()
+    backend = {"backend": ON_BOTH} if offloads and has_gpu else {}
     groups = InitProcessGroupKwargs(timeout=PATIENCE, **backend)
     with _undivided() if divides == "stage" else contextlib.nullcontext():
-        accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[groups])
+        accelerator = Accelerator(cpu=not has_gpu, kwargs_handlers=[groups])
     _refuse_lonely(config, accelerator.num_processes)
     set_seed(short_stream(config.seed, "stage"))
     return accelerator
@@ -195,12 +210,31 @@ def _connected() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Counts what is done inside as time in a collective: waiting for the others, and sending."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _together[0] += time.perf_counter() - start
+
+
+def seconds_together() -> float:
+    """Returns the seconds that this process has been in collectives since it began.
+
+    Those that torch makes by itself to gather divided weights are not among them.
+    """
+    return _together[0]
+
+
 def barrier() -> None:
     """Waits until every process is here; does nothing when there is only one."""
     if _connected():
         import torch.distributed
 
-        torch.distributed.barrier()
+        with together():
+            torch.distributed.barrier()
 
 
 def leave(code: int) -> None:
@@ -247,7 +281,8 @@ def gather_objects(value: Any) -> list[Any]:
     import torch.distributed
 
     values: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(values, value)
+    with together():
+        torch.distributed.all_gather_object(values, value)
     return values
 
 

@@ -1,13 +1,10 @@
-"""What the stages on Hugging Face's Trainer share: training to the end, validation, saving."""
+"""What the stages on Hugging Face's Trainer share: training to the end and saving."""
 
-import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import (
@@ -23,9 +20,8 @@ from transformers.utils import logging as transformers_logging
 from pipeline.callbacks import FiniteGradients, ResumePoints, RunLogs, Validate, Validation
 from pipeline.checkpoint import StageRun
 from pipeline.config import require
-from pipeline.distributed import barrier, by_deepspeed, even_share, gather_objects, rank, world_size
+from pipeline.distributed import barrier, by_deepspeed, on_gpu, world_size
 from pipeline.lora import ADAPTER, merged, write_adapter
-from pipeline.progress import progress
 from pipeline.restricted import DIVIDED_WEIGHTS, restricted, saved_by_deepspeed
 from pipeline.saving import saving_of
 from pipeline.sharding import PRECISIONS
@@ -42,7 +38,7 @@ def prefer_fast_attention(model: PreTrainedModel | PeftModel, *, bf16: bool) -> 
     There the fused kernel is the slow part (a training step of a 3.3M model, 32 rows of 128
     tokens: 0.33 s against 0.29 s); it saves memory only in rows much longer than ours.
     """
-    if bf16 and model.device.type == "cpu" and not torch.cuda.is_available():
+    if bf16 and model.device.type == "cpu" and not on_gpu():
         model.set_attn_implementation("eager")
 
 
@@ -197,49 +193,3 @@ def save_model(trainer: Trainer, folder: Path) -> None:
     trainer.save_model(str(folder))
     if trainer.args.should_save:
         (folder / "training_args.bin").unlink(missing_ok=True)
-
-
-def mean_nll(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-) -> tuple[float, int]:
-    """Returns the negative log-likelihood per labelled token in nats, and the number of those.
-
-    The processes share the batches; the mean is over tokens, not over batches.
-
-    Args:
-        model: causal language model; left in the mode it was in.
-        batches: input_ids, labels (-100 where a position does not count) and, where rows are
-            padded, attention_mask.
-    """
-    was_training = model.training
-    model.eval()
-    found = nll_as_it_is(model, batches)
-    model.train(was_training)
-    return found
-
-
-def nll_as_it_is(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[float, int]:
-    """Returns what `mean_nll` does of a model, or a role on a base, in the mode that it is in."""
-    total, count = 0.0, 0
-    own = len(batches[rank() :: world_size()])
-    with torch.no_grad():
-        mine = even_share(batches)
-        passes = progress(mine, total=len(mine), description="loss", leave=False)
-        for number, batch in enumerate(passes):
-            nll, tokens = _batch_nll(model, batch)
-            if number < own:
-                total, count = total + nll, count + tokens
-    parts = gather_objects((total, count))
-    tokens = sum(part[1] for part in parts)
-    return math.fsum(part[0] for part in parts) / max(1, tokens), tokens
-
-
-def _batch_nll(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-    targets = batch["labels"][:, 1:].to(model.device)
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    nll = nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return float(nll), int((targets != IGNORED).sum())

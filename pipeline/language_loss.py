@@ -7,18 +7,22 @@ kept.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.distributed import even_share, gather_objects, rank, world_size
 from pipeline.fitting import IGNORED
 from pipeline.heads import reshapes_logits
-from pipeline.logprobs import wide
+from pipeline.logprobs import picked, wide
 from pipeline.optim import OptimizerKeeper
+from pipeline.progress import progress
 from pipeline.sharding import call_of, in_one_pass, is_partitioned
 
 CHUNK_LOGITS = 2**22
@@ -61,7 +65,7 @@ class _TokenNLL(torch.autograd.Function):
             to_hidden = torch.empty_like(hidden)
             to_head = wide(torch.zeros_like(head)) if ctx.needs_input_grad[1] else None
             total = wide(head.new_zeros(()))
-            size = max(CHUNK_TOKENS, CHUNK_LOGITS // len(head))
+            size = pieces_of(head)
             for start in range(0, len(hidden), size):
                 part = slice(start, start + size)
                 loss, slope = _chunk(hidden[part] @ table.T, targets[part], smoothing=smoothing)
@@ -132,6 +136,71 @@ def labelled_nll(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return token_nll(hidden, head.weight, targets[counts], label_smoothing=label_smoothing)
+
+
+def mean_nll(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+) -> tuple[float, int]:
+    """Returns the negative log-likelihood per labelled token in nats, and the number of those.
+
+    The processes share the batches; the mean is over tokens, not over batches.
+
+    Args:
+        model: causal language model; left in the mode it was in.
+        batches: input_ids, labels (-100 where a position does not count) and, where rows are
+            padded, attention_mask.
+    """
+    was_training = model.training
+    model.eval()
+    found = nll_as_it_is(model, batches)
+    model.train(was_training)
+    return found
+
+
+def nll_as_it_is(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[float, int]:
+    """Returns what `mean_nll` does of a model, or a role on a base, in the mode that it is in."""
+    total, count = 0.0, 0
+    own = len(batches[rank() :: world_size()])
+    with torch.no_grad():
+        mine = even_share(batches)
+        passes = progress(mine, total=len(mine), description="loss", leave=False)
+        for number, batch in enumerate(passes):
+            nll, tokens = _batch_nll(model, batch)
+            if number < own:
+                total, count = total + nll, count + tokens
+    parts = gather_objects((total, count))
+    tokens = sum(part[1] for part in parts)
+    return math.fsum(part[0] for part in parts) / max(1, tokens), tokens
+
+
+def _batch_nll(model: Any, batch: Mapping[str, Tensor]) -> tuple[float, int]:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:].to(model.device)
+    counts = targets != IGNORED
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(plain, PreTrainedModel) and plain_head(plain) and not is_partitioned(model):
+        nll = in_one_pass(model, _nll_by_states, plain, inputs, targets, counts)
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        nll = -float(picked(logits[counts], targets[counts])[0].sum())
+    return nll, int(counts.sum())
+
+
+def _nll_by_states(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], targets: Tensor, counts: Tensor
+) -> float:
+    """Returns what a model of a plain head says of a batch's targets, without their logits."""
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][counts]
+    table = model.get_output_embeddings().weight.to(hidden.dtype)
+    size = pieces_of(table)
+    pieces = zip(hidden.split(size), targets[counts].split(size), strict=True)
+    return -math.fsum(float(picked(states @ table.T, ids)[0].sum()) for states, ids in pieces)
+
+
+def pieces_of(head: Float[Tensor, "vocabulary width"]) -> int:
+    """Returns the tokens whose logits exist at a time."""
+    return max(CHUNK_TOKENS, CHUNK_LOGITS // len(head))
 
 
 class LanguageModelTrainer(OptimizerKeeper):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import Artifact, open_artifact
+from pipeline.checkpoint import Artifact, verified
 from pipeline.errors import UserError
 from pipeline.manifest import MANIFEST, mending_command, read_manifest
 from pipeline.storage import CHECKPOINTS, UNDIGESTED, digest_of, faults, flatten, read_json
@@ -187,7 +187,7 @@ def check_ancestors(parents: Mapping[str, Artifact]) -> None:
             _check_link(link, child=child.path, folder=folder)
             if folder not in opened:
                 opened.add(folder)
-                waiting.append(open_artifact(folder, kind=link.kind))
+                waiting.append(verified(folder, kind=link.kind))
     if gone:
         log.warning("not verified, because it is gone: %s", ", ".join(sorted(gone)))
 

@@ -12,6 +12,7 @@ from pipeline.architecture import Architecture
 from pipeline.attention import is_packed
 from pipeline.config import require
 from pipeline.context import POSITIONS
+from pipeline.distributed import on_gpu
 from pipeline.errors import UserError, told
 from pipeline.logprobs import wide
 from pipeline.lora import keep_differentiable
@@ -278,11 +279,11 @@ def take_raw_scores(model: Any) -> None:
 
 
 def choose_precision(wanted: str) -> str:
-    """Returns bf16 or fp32: as wanted, or for "auto" bf16 where the processor computes in it."""
+    """Returns bf16 or fp32: as wanted, or for "auto" bf16 where what computes does so natively."""
     require(wanted in ("auto", "bf16", "fp32"), f"precision: auto, bf16 or fp32, got {wanted!r}")
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
+    if on_gpu():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if native else "fp32"
     capability = torch.backends.cpu.get_cpu_capability()

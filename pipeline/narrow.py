@@ -13,6 +13,22 @@ import torch
 from torch import nn
 
 
+def narrow_type(device: torch.device) -> torch.dtype | None:
+    """Returns in what autocast computes products now; None where it is off."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def only_in_products(model: nn.Module) -> set[int]:
+    """Returns the ids of weights that linear layers read and nothing else: no tied embedding."""
+    read, elsewhere = set[int](), set[int]()
+    for part in model.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            product = isinstance(part, nn.Linear) and name == "weight"
+            (read if product else elsewhere).add(id(weight))
+    return read - elsewhere
+
+
 @contextlib.contextmanager
 def narrowed(model: Any) -> Iterator[None]:
     """Lets linear layers hold what autocast to bfloat16 makes of their weights.
@@ -20,11 +36,9 @@ def narrowed(model: Any) -> Iterator[None]:
     So products are the same to the last bit. Weights that a layer shares with the embedding stay
     whole there. Without autocast nothing changes.
     """
-    device = model.device.type
-    wanted = torch.is_autocast_enabled(device)
-    layers = [part for part in model.modules() if isinstance(part, nn.Linear)] if wanted else []
+    narrow = narrow_type(model.device)
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)] if narrow else []
     whole = [(layer, layer.weight) for layer in layers if layer.weight.dtype == torch.float32]
-    narrow = torch.get_autocast_dtype(device)
     for layer, weight in whole:
         layer.weight = nn.Parameter(weight.detach().to(narrow), requires_grad=False)
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.distributed import num_cores
+from pipeline.distributed import USE_CPU, num_cores
 from pipeline.errors import UserError, told
 
 MACHINES = ("NUM_MACHINES", "SLURM_NNODES")
@@ -86,7 +86,7 @@ def on_processors(processes: int) -> Placement:
     """
     if processes > (most := MOST_PER_CORE * num_cores()):
         raise UserError(f"NPROC={processes}: at most {most} processes on this machine's cores")
-    return Placement(total=processes, environment={"ACCELERATE_USE_CPU": "1"})
+    return Placement(total=processes, environment={USE_CPU: "1"})
 
 
 def as_configured(path: Path, *, processes: int = 0) -> Placement:
@@ -164,7 +164,7 @@ def _processors(path: Path, *, kind: str, total: int, place: dict[str, Any]) -> 
     environment = on_processors(total // place.get("machines", 1)).environment
     if kind == "DEEPSPEED":
         _refuse_without_deepspeed(path)
-        environment = _variables(path, total=total, place=place) | {"ACCELERATE_USE_CPU": "false"}
+        environment = _variables(path, total=total, place=place) | {USE_CPU: "false"}
     return Placement(total=total, environment=environment, **place)
 
 

@@ -173,15 +173,19 @@ class Points:
             here: returns what this machine chooses; the main process asks it for all.
         """
         if wanted == "auto":
-            mine = distributed.on_main(here)
-            newest = self.latest()
-            point = read_json(newest[1] / POINT) if newest else {}
-            wanted = point.get("chosen", {}).get(name, mine)
+            mine, before = distributed.on_main(lambda: (here(), self._chosen_before()))
+            wanted = before.get(name, mine)
             if distributed.is_main() and wanted != mine:
                 told = "%s: goes on with %s %s, as it began; here it would be %s"
                 log.info(told, self.stage, name, wanted, mine)
         self.chosen[name] = wanted
         return wanted
+
+    def _chosen_before(self) -> dict[str, str]:
+        """Returns what was chosen when the stage began, as the newest point says."""
+        newest = self.latest()
+        chosen: dict[str, str] = read_json(newest[1] / POINT).get("chosen", {}) if newest else {}
+        return chosen
 
     def newest_good(self) -> dict[str, Any] | None:
         """Returns the record of the newest point that verifies; drops the newer ones, saying why.

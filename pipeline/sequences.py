@@ -149,6 +149,16 @@ def states_at(
     return hidden[:, : wanted.shape[1]][wanted]
 
 
+def text_logprobs(model: Any, ids: Int[Tensor, "row time"]) -> Float[Tensor, "row later"]:
+    """Returns log pi of each token of rows of text but the first, given those before it.
+
+    Every token is real; logits come in pieces, as those of responses do.
+    """
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    logprobs = token_logprobs(model, hidden.flatten(0, 1), ids[:, 1:].flatten())
+    return logprobs.view(len(ids), -1)
+
+
 def next_logits(
     model: Any,
     states: Float[Tensor, "token width"],

@@ -30,6 +30,7 @@ from pipeline.config import require
 from pipeline.distributed import is_main, world_size
 from pipeline.heads import logits_head
 from pipeline.last_layer import as_wanted_now
+from pipeline.narrow import narrow_type, only_in_products
 
 Result = TypeVar("Result")
 
@@ -114,10 +115,15 @@ class Sharded:
     def whole(self) -> Iterator[Any]:
         """Yields a model like this one, whole and this process's own, and frees its weights after.
 
+        Under autocast what only products read is gathered as they read it, in half of the bytes.
         Every process must call it; what it does with the model is its own affair.
         """
-        weights = (whole_tensor(p.detach(), self.device) for p in self.parameters())
-        model = self._filled(weights).to(self.device)  # buffers too
+        narrow = narrow_type(self.device)
+        products = only_in_products(self._outline) if narrow else set()
+        pairs = zip(self._outline.parameters(), self.parameters(), strict=True)
+        parts = (p.detach().to(narrow) if id(one) in products else p.detach() for one, p in pairs)
+        model = self._filled(whole_tensor(part, self.device) for part in parts)
+        model.to(self.device)  # buffers too
         try:
             yield model
         finally:

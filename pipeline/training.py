@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import require
+from pipeline.distributed import on_gpu
 from pipeline.errors import UserError
 from pipeline.streams import short_stream
 
@@ -145,8 +146,6 @@ def trainer_arguments(
     exactly the rows that are left. Logs, evaluation and saving are ours (`pipeline.callbacks`).
     The precision is a chosen one (`StageRun.resolved`).
     """
-    import torch
-
     assert training.precision != "auto"
     decay = max(1, int(training.decay_frac * steps))
     return {
@@ -160,7 +159,7 @@ def trainer_arguments(
         "warmup_steps": training.warmup_steps,
         "max_grad_norm": training.max_grad_norm,
         "bf16": training.precision == "bf16",
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not on_gpu(),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",

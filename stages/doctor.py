@@ -45,7 +45,7 @@ class Config:
     num_processes: int = 0
     """Processes of a stage; 0 takes accelerate's YAML, else one."""
     accelerate_config: str = ""
-    """Accelerate's YAML; it says whether models are divided."""
+    """Accelerate's YAML; it says whether models are divided, and whether a processor computes."""
     devices: int = 0
     """GPUs of a machine that is not this one; 0 looks at this machine."""
     device: str = ""
@@ -80,19 +80,24 @@ class Config:
 
 
 def machine_of(config: Config) -> "Machine":
-    """Returns the machine that the command names, or this one."""
+    """Returns the machine that the command names, or this one.
+
+    On this one several processes without a YAML are on its processor, as stages start them. Where
+    it has no GPUs and the YAML is for some, they are the first kind.
+    """
     from pipeline.doctor import machine
 
-    processes, on_gpus, sharding = config.num_processes or config.devices, False, machine.Sharding()
+    processes = config.num_processes or config.devices
+    on_gpus, sharding = processes <= 1, machine.Sharding()
     if config.accelerate_config:
         said, on_gpus, sharding = machine.read_accelerate(Path(config.accelerate_config))
         processes = processes or said
-    if config.devices or config.device or config.device_memory or on_gpus:
-        memory = machine.size_of(config.device_memory) if config.device_memory else 0
-        return machine.gpus(
-            config.device, processes=processes or 1, memory=memory, sharding=sharding
-        )
-    return machine.this_machine(processes or 1)
+    named = config.devices or config.device or config.device_memory
+    elsewhere = config.accelerate_config and on_gpus and not machine.has_gpus()
+    if not (named or elsewhere):
+        return machine.this_machine(processes or 1, on_gpus=on_gpus, sharding=sharding)
+    memory = machine.size_of(config.device_memory) if config.device_memory else 0
+    return machine.gpus(config.device, processes=processes or 1, memory=memory, sharding=sharding)
 
 
 def stage_configs(config: Config, *more: str) -> dict[str, Any]:

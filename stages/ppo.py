@@ -305,6 +305,7 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
     else:
         look(0)
     done, left = trainer.updates, range(trainer.updates, config.updates)
+    saved: dict[str, float] = {}
     with keep_pace(config.saving, stage="ppo") as pace:
         for number in progress(left, total=config.updates, description="ppo", initial=done):
             if validation.ends:
@@ -315,14 +316,14 @@ def train(config: Config, stage: StageRun, trainer: "PPOTrainer", validation: "V
                 stage.stop(trainer.steps, pace.asked_by)
             update = number + 1
             stage.log(update, diagnoser.read(outcome.metrics, update=update))
-            stage.log_timings(update, outcome.timings)
+            stage.log_timings(update, outcome.timings | saved)
             if update % config.validate_every == 0 or update == config.updates:
                 look(update)
             if config.keeps(update) and stage.is_main:
                 keep_rollout(stage.path, outcome, update=update, tokenizer=validation.tokenizer)
-            due = pace.after(update)
+            due, saved = pace.after(update), {}
             if due.save or update == config.updates:
-                stage.save_point(trainer.steps, trainer.save)
+                saved = {"time/saving_seconds": stage.save_point(trainer.steps, trainer.save)}
             if due.stop:
                 stage.stop(trainer.steps, pace.asked_by)
 

@@ -239,7 +239,7 @@ def validation_metrics(
     model: "PreTrainedModel", corpus: Corpus, *, num_rows: int, batch_size: int
 ) -> dict[str, float]:
     """Returns loss (nats per token), perplexity and bits per byte on rows at even distances."""
-    from pipeline.fitting import mean_nll
+    from pipeline.language_loss import mean_nll
     from pipeline.logprobs import perplexity
 
     chosen = corpus.rows[evenly_spaced(len(corpus.rows), num_rows)]

@@ -126,7 +126,7 @@ def validation_metrics(
     model: "PreTrainedModel", rows: Sequence[Example], *, pad_id: int, batch_size: int
 ) -> dict[str, float]:
     """Returns loss (nats per reply token, EOS included) and perplexity."""
-    from pipeline.fitting import mean_nll
+    from pipeline.language_loss import mean_nll
     from pipeline.logprobs import perplexity
 
     ordered = sorted(rows, key=lambda row: len(row.input_ids))

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from pipeline.callbacks import FiniteGradients
 from pipeline.distributed import even_share, gather_objects, in_step, is_main, on_main, rank
-from pipeline.fitting import mean_nll
-from pipeline.language_loss import LanguageModelTrainer
+from pipeline.language_loss import LanguageModelTrainer, mean_nll
 from pipeline.optim import build_optimizer
 from pipeline.ppo.experience import Roles
 from pipeline.ppo.settings import KL, Optimisation
@@ -192,6 +191,21 @@ def check_a_whole_copy_is_this_processs_own_and_is_freed():
             assert torch.equal(copied(input_ids=ids).logits, expected(input_ids=ids).logits)
     assert not any(p.numel() for p in copied.parameters())
     assert_close(role(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def check_a_whole_copy_is_gathered_as_products_read_it():
+    for tied in (False, True):
+        model = tiny_llama()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        expected, role = copy.deepcopy(model), Sharded(model, device=CPU, precision="bf16")
+        ids = torch.tensor([[3, 4, 5]])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), whole(role) as copied:
+            types = {name: weight.dtype for name, weight in copied.named_parameters()}
+            assert types["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+            assert types["model.embed_tokens.weight"] == torch.float32
+            assert types.get("lm_head.weight") == (None if tied else torch.bfloat16)
+            assert torch.equal(copied(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
 def wrapped(model: Any) -> Any:

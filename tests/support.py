@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SMOKE = ["--recipe=smoke", "--tracking=none", "--threads=1"]
 """Words of a stage of the smoke recipe in a test."""
@@ -27,6 +28,22 @@ def tiny_llama(*, vocabulary: int = 24, seed: int = 0, hidden: int = 16) -> Any:
     with torch.no_grad():
         model.lm_head.weight.mul_(20.0)
     return model
+
+
+class MostRows(TorchDispatchMode):
+    """Sees the most rows of a tensor that has so many columns, forward and backward."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        """Runs an operation and looks at what it makes."""
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(one, torch.Tensor) and one.ndim > 1 and one.shape[-1] == self.columns:
+                self.rows = max(self.rows, one.numel() // self.columns)
+        return made
 
 
 def tiny_reward_model(*, vocabulary: int = 24, seed: int = 1, hidden: int = 16) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import distributed
 from pipeline.checkpoint import begin, open_artifact
 from pipeline.config import StageConfig
 from pipeline.errors import UpToDate, UserError
@@ -52,6 +53,21 @@ def test_a_finished_folder_opens_with_its_record(caplog):
     assert artifact.manifest["circumstances"]["wall_seconds"] >= 0
     assert (artifact.path / "README.md").read_text(encoding="utf-8") == "# Card\n"
     assert caplog.records[-1].getMessage() == "sft: done -> runs/cpu/sft"
+
+
+def test_the_main_process_verifies_a_parent_and_finds_the_point_for_all(monkeypatch):
+    artifact = make()
+    with begin(config(), stage="reward", kind="reward", parents={}) as run:
+        with monkeypatch.context() as other:
+            other.setattr(distributed, "is_main", lambda: False)
+            other.setattr(distributed, "gather_objects", lambda _: [artifact])
+            (artifact.path / "model.txt").unlink()
+            assert open_artifact(artifact.path, kind="causal-lm") is artifact
+            other.setattr(distributed, "gather_objects", lambda _: [(7, Path("there"))])
+            assert run.latest_point() == (7, Path("there"))
+            other.setattr(distributed, "gather_objects", lambda _: [("fp32", {"it": "bf16"})])
+            assert run.points.choose("it", "auto", lambda: "fp32") == "bf16"
+        run.finish("done", chosen={}, summary={}, card="# Card")
 
 
 def test_the_same_content_has_the_same_digest_wherever_and_whenever_it_is_made():

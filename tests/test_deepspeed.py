@@ -158,7 +158,7 @@ def test_ppo_divides_by_torch_what_zero_would(parents, tmp_path):
         run = copied(whole, tmp_path / str(zero), "ppo")
         code, said = finished(start(zero, "ppo", run, words=words))
         assert code == 0, said
-        chosen = json.loads((run / "ppo" / "manifest.json").read_text())["chosen"]
+        chosen = json.loads((run / "ppo" / "manifest.json").read_text())["content"]["chosen"]
         assert (chosen["sharding"], chosen["world_size"]) == ("fsdp2", 2)
         for name in ("", "value"):
             ours, theirs = (

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import pytest
 from pipeline import distributed
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
+from pipeline.models import choose_precision
 
 
 def test_one_process_is_the_main_one():
@@ -78,6 +81,26 @@ def test_deterministic_asks_torch_for_algorithms_that_are():
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_time_in_collectives_is_counted_when_they_fail_too():
+    before = distributed.seconds_together()
+    for error in (None, ValueError):
+        with pytest.raises(ValueError) if error else nullcontext(), distributed.together():
+            time.sleep(0.02)
+            if error:
+                raise error
+    assert distributed.seconds_together() - before >= 0.04
+
+
+@pytest.mark.parametrize(("said", "expected"), [("", True), ("false", True), ("1", False)])
+def test_a_launch_for_processors_leaves_a_gpu_alone(monkeypatch, said, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    assert distributed.on_gpu() == expected
+    assert choose_precision("auto") == ("bf16" if expected else "fp32")
 
 
 def test_a_stage_that_keeps_whole_models_refuses_to_divide_them(monkeypatch):

@@ -1,5 +1,6 @@
 """Foreign files through every stage that trains: conversations of several turns, to PPO's end."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,12 @@ WORDS = {
 }  # fmt: skip
 
 
-def schemas_of(case: str) -> dict[str, str]:
-    """The schema of each row type: of one data set, or each of another one."""
-    if case == "mixed":
-        schemas = ("hh", "sharegpt", "oasst", "oasst")
-        return dict(zip(("text", "instructions", "prompts", "preferences"), schemas, strict=True))
-    return dict.fromkeys(("text", "instructions", "prompts", "preferences"), case)
+ROW_TYPES = ("text", "instructions", "prompts", "preferences")
+CASES = {
+    "turns": ("hh", "sharegpt", "oasst", "oasst"),
+    "single": ("ultrafeedback", "alpaca", "tldr", "tldr"),
+}
+"""The schema of each row type."""
 
 
 def run_chain(run: Path, schemas: dict[str, str]) -> None:
@@ -55,14 +56,20 @@ def run_chain(run: Path, schemas: dict[str, str]) -> None:
         module.run(load(module.Config, [*SMOKE[:3], f"--run={run}", *more], stage=stage))
 
 
-@pytest.mark.parametrize("case", ["mixed"])
-def test_foreign_conversations_reach_an_aligned_model(tmp_path, case):
+def most_turns(prompts: Iterable[str | list[dict[str, str]]]) -> int:
+    """The turns of the longest prompt; one that is a text is a turn."""
+    return max(1 if isinstance(prompt, str) else len(prompt) for prompt in prompts)
+
+
+@pytest.mark.parametrize(("case", "turns"), [("turns", 3), ("single", 1)])
+def test_foreign_conversations_reach_an_aligned_model(tmp_path, case, turns):
     run = tmp_path / "run"
-    run_chain(run, schemas_of(case))
+    run_chain(run, dict(zip(ROW_TYPES, CASES[case], strict=True)))
     rankings = read_rows(run / "data", "preferences", split="train")
-    assert max(len(row["prompts"][0]) for row in rankings) >= 3
+    asked = (row["prompts"][0] if "prompts" in row else row["prompt"] for row in rankings)
+    assert most_turns(asked) >= turns
     prompts = read_rows(run / "data", "prompts", split="train")
-    assert max(len(row["prompt"]) for row in prompts) >= 3
+    assert most_turns(row["prompt"] for row in prompts) >= turns
     reward = open_artifact(run / "reward", kind="reward")
     assert reward.summary["texts_dropped"] == 0
     open_artifact(run / "ppo", kind="causal-lm")

@@ -1,6 +1,7 @@
 """The chunked language-model loss against the plain one, gradients included."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from pipeline import language_loss
 from pipeline.corpus import stack
-from pipeline.language_loss import LanguageModelTrainer, plain_head, token_nll
-from tests.support import assert_close, tiny_llama
+from pipeline.language_loss import LanguageModelTrainer, mean_nll, plain_head, token_nll
+from pipeline.lora import LoRA, with_adapter
+from tests.support import MostRows, assert_close, tiny_llama
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -104,6 +106,42 @@ def test_the_trainers_loss_is_the_models_own_on_the_labelled_tokens(tmp_path, sm
     theirs = torch.autograd.grad(expected, list(model.parameters()))
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our, their, tolerance=1e-6)
+
+
+def capped() -> Any:
+    """A model whose logits are more than its states times the head."""
+    model = tiny_llama()
+    model.config.final_logit_softcapping = 30.0
+    return model
+
+
+def adapted() -> Any:
+    """Adapters that are no zeros, around a causal LM."""
+    model = with_adapter(tiny_llama(vocabulary=31), LoRA(rank=2), task="CAUSAL_LM", seed=1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, capped, adapted])
+def test_validation_is_the_cross_entropy_of_what_counts(monkeypatch, make):
+    monkeypatch.setattr(language_loss, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(language_loss, "CHUNK_LOGITS", 1)
+    model, ids = make(), torch.arange(45).view(3, 15) % 17 + 5
+    labels = ids.masked_fill(ids % 4 == 0, -100)
+    mask = torch.ones_like(ids)
+    mask[0, 6:], labels[0, 6:] = 0, -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    with MostRows(31) as most:
+        found, tokens = mean_nll(model, [batch])
+    assert tokens == int((labels[:, 1:] != -100).sum())
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    if make is adapted:
+        assert most.rows == 16 < tokens  # of the transposed head
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

@@ -12,10 +12,11 @@ from pipeline.sequences import (
     pad_tokens,
     response_states,
     response_tokens,
+    text_logprobs,
     token_logprobs,
     token_logprobs_and_entropy,
 )
-from tests.support import assert_close, tiny_llama
+from tests.support import MostRows, assert_close, tiny_llama
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8]], [[9, 1], [10, 11, 12]]
 
@@ -71,6 +72,21 @@ def test_pieces_of_tokens_change_neither_figures_nor_gradients(size, monkeypatch
     whole = computed()
     monkeypatch.setattr(sequences, "PIECE_TOKENS", size)
     assert_close(computed(), whole, tolerance=1e-12)
+
+
+def test_text_is_read_as_the_model_reads_it_in_pieces(monkeypatch):
+    model, ids = tiny_llama(vocabulary=31).double(), torch.arange(26).view(2, 13) + 5
+    logprobs = model(ids).logits[:, :-1].log_softmax(dim=-1)
+    expected = logprobs.gather(2, ids[:, 1:, None])[:, :, 0]
+    theirs = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    monkeypatch.setattr(sequences, "PIECE_TOKENS", 3)
+    with MostRows(31) as most:
+        found = text_logprobs(model, ids)
+        ours = torch.autograd.grad(found.square().sum(), list(model.parameters()))
+    assert most.rows == 16  # of the transposed head; 24 tokens are predicted
+    assert_close(found, expected)
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our, their)
 
 
 def test_more_padding_changes_nothing():

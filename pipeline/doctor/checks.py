@@ -83,15 +83,17 @@ def architecture(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
 
 
 def tokens(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
-    """Yields whether PAD is not EOS, a prompt is rendered, and replies come back as they were."""
-    from pipeline.models import load_tokenizer
+    """Yields whether PAD is not EOS, a prompt is rendered, and replies come back as they were.
 
-    folder = recipe.tokenizer_folder()
-    if folder is None:
+    A tokenizer that is still to be taken is looked at as the stage would write it.
+    """
+    found = recipe.tokenizer()
+    if found is None:
         yield Finding("unknown", "tokenizer: not yet there; PAD, EOS and template are unchecked")
         return
-    tokenizer = load_tokenizer(folder)
-    yield Finding("good", f"{folder}: PAD is not EOS, a prompt is rendered")
+    place, (tokenizer, mended) = found
+    changes = "".join(f"; {change}" for change in mended)
+    yield Finding("good", f"{place}: PAD is not EOS, a prompt is rendered{changes}")
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     ids, is_reply = encode_conversation(tokenizer, messages)
     reply = [token for token, marked in zip(ids, is_reply, strict=True) if marked]
@@ -102,13 +104,13 @@ def tokens(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
     ]
     prompt = encode_prompt(tokenizer, "hello")
     if tokenizer.eos_token_id not in reply or decode_response(tokenizer, reply) != "hi":
-        text = f"{folder}: the chat template does not mark a reply and its EOS. Run: make tokenizer"
+        text = f"{place}: the chat template does not mark a reply and its EOS. Run: make tokenizer"
         yield Finding("wrong", text)
-    elif lost or ids[: len(prompt)] != prompt:
-        text = f"{folder}: {lost or 'a prompt'} does not come through the tokenizer as it is"
+    elif lost or not prompt or ids[: len(prompt)] != prompt:
+        text = f"{place}: {lost or 'a prompt'} does not come through the tokenizer as it is"
         yield Finding("wrong", f"{text}. Take another model's tokenizer")
     else:
-        yield Finding("good", f"{folder}: the template marks replies, and texts come back")
+        yield Finding("good", f"{place}: the template marks replies, and texts come back")
 
 
 def agreement(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
@@ -265,12 +267,8 @@ def tracking(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
     wanted = {name for config in recipe.configs.values() for name in config.trackers}
     if not wanted & {"auto", "wandb"}:
         return
-    if key_is_configured():
-        yield Finding("good", "wandb has a key")
-    elif "wandb" in wanted:
-        yield Finding("wrong", "wandb has no key. Run: wandb login, or set tracking to auto")
-    else:
-        yield Finding("good", "wandb has no key: it writes offline, and stages say how to sync")
+    without = "wandb has no key: it writes offline, and stages say how to sync"
+    yield Finding("good", "wandb has a key" if key_is_configured() else without)
 
 
 def disk(recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float) -> Finding:
@@ -281,7 +279,7 @@ def disk(recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float
         if need.stage == "evaluate" or getattr(config, "take_as_is", False):
             wanted += copy if need.stage == "pretrain" else 0
             continue
-        models = 2 if need.stage == "ppo" else 1
+        models = 2 + bool(config.guard.every) if need.stage == "ppo" else 1  # with critic, and best
         wanted += models * copy + POINT_COPIES * need.trained * (config.saving.keep + 1)
     text = f"disk: models and resume points take {wanted / 1e9:,.1f} GB"
     if not machine.is_here:

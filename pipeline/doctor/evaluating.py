@@ -10,7 +10,7 @@ from pipeline.doctor.rehearsal import PAD, WORD, Replies, rehearse_replies, trai
 from pipeline.doctor.seen import Rehearsal, Stage
 from pipeline.evaluation.alignment_tax import rows_per_pass
 from pipeline.evaluation.likelihood import Batching, divergence, negative_log_likelihood
-from pipeline.fitting import nll_as_it_is
+from pipeline.language_loss import nll_as_it_is
 from pipeline.lora import LoRA, with_adapter
 from pipeline.ppo.scorers import token_scorer
 

@@ -102,6 +102,9 @@ class Sharding:
         return self.offload_weights or self.offload_optimizer
 
 
+WHOLE = Sharding()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Where a recipe is to run.
@@ -206,18 +209,21 @@ def gpus(kind: str, *, processes: int, memory: int, sharding: Sharding) -> Machi
     )
 
 
-def this_machine(processes: int) -> Machine:
-    """Returns this machine: its GPUs where it has some, else its processor.
+def this_machine(processes: int, *, on_gpus: bool = True, sharding: Sharding = WHOLE) -> Machine:
+    """Returns this machine: its GPUs where it has some and they are to compute, else its processor.
 
     A processor's rates are measured now, with one process's share of the threads; a GPU counts as
-    the first of `GPUS`, with its own memory.
+    the first of `GPUS`, with its own memory, and all as the smallest.
     """
     import psutil
     import torch
 
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        found = gpus("", processes=processes, memory=memory, sharding=Sharding())
+    if on_gpus and has_gpus():
+        memory = min(
+            torch.cuda.get_device_properties(number).total_memory
+            for number in range(torch.cuda.device_count())
+        )
+        found = gpus("", processes=processes, memory=memory, sharding=sharding)
         return replace(found, is_here=True)
     return Machine(
         name=f"this machine's processor, {num_cores()} cores",
@@ -226,7 +232,15 @@ def this_machine(processes: int) -> Machine:
         rates=measured_rates(max(1, num_cores() // processes)),
         is_gpu=False,
         is_here=True,
+        sharding=sharding,
     )
+
+
+def has_gpus() -> bool:
+    """Returns whether this machine has GPUs."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def measured_rates(threads: int) -> Rates:

@@ -10,7 +10,7 @@ from pipeline.doctor.need import Need
 from pipeline.errors import UserError
 
 FEW_REPLIES = 16
-"""Replies that are sampled together to normalise a reward model where more do not fit."""
+"""Replies that a process samples together where more do not fit."""
 RANK = 16
 """Of the adapters that are tried."""
 
@@ -26,6 +26,10 @@ def changes(stage: str, configs: Mapping[str, Any], *, machine: Machine) -> Iter
     for word in _smaller_batches(stage, config, processes=machine.processes):
         smallest = [*first, word]
         yield smallest
+    fewer = list(_fewer_prompts(stage, config, processes=machine.processes))
+    yield from fewer
+    if fewer:
+        yield [*smallest, *fewer[-1]]
     parts = divided(machine, stage, configs).sharding.divides_state
     for words in _adapters(stage, config, divided=parts):
         yield [*smallest, *words]
@@ -54,6 +58,22 @@ def _smaller_batches(stage: str, config: Any, *, processes: int) -> Iterator[str
             continue
         yield f"--{stage}.{section}{name}={size}"
         size //= 2
+
+
+def _fewer_prompts(stage: str, config: Any, *, processes: int) -> Iterator[list[str]]:
+    """Yields words by which ppo samples fewer replies together, each time half as many.
+
+    So many prompts are then also a minibatch at most, and looked at in validation.
+    """
+    prompts = config.prompts_per_update // 2 if stage == "ppo" else 0
+    while prompts >= FEW_REPLIES * processes and prompts % processes == 0:
+        fewer = [f"--ppo.prompts_per_update={prompts}"]
+        if prompts % config.minibatch_size:
+            fewer.append(f"--ppo.minibatch_size={prompts}")
+        if prompts < config.validation_prompts:
+            fewer.append(f"--ppo.validation_prompts={prompts}")
+        yield fewer
+        prompts //= 2
 
 
 def _adapters(stage: str, config: Any, *, divided: bool) -> Iterator[list[str]]:

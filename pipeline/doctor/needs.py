@@ -11,7 +11,7 @@ import torch
 from pipeline.config import require
 from pipeline.distributed import num_cores
 from pipeline.doctor.blueprint import Blueprint
-from pipeline.doctor.dividing import divided, shares_base
+from pipeline.doctor.dividing import divided, in_parts, shares_base
 from pipeline.doctor.evaluating import rehearse_policies, rehearse_pretrained, rehearse_scoring
 from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
 from pipeline.doctor.need import Need, Peak
@@ -28,6 +28,7 @@ from pipeline.doctor.rehearsal import (
 )
 from pipeline.doctor.scaling import Act, Scaling, of_replies
 from pipeline.doctor.seen import Rehearsal, reply_seconds
+from pipeline.doctor.ways import on_processor
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 from pipeline.ppo.engine_settings import Engine
@@ -95,7 +96,8 @@ class Planner:
         """Returns bf16 or fp32; GPUs compute in bf16 where it is left to them."""
         if self.machine.is_gpu:
             return "fp32" if wanted == "fp32" else "bf16"
-        return choose_precision(wanted)
+        with on_processor():
+            return choose_precision(wanted)
 
     def _measured(self, config: Any) -> Need:
         length = config.sequence_length
@@ -129,11 +131,7 @@ class Planner:
             rows=config.training.microbatch_size,
             length=length,
         )
-        peaks = [
-            self._peak(rehearsal, "validation"),
-            *self._training(rehearsal, config.training),
-        ]
-        return self._steps(stage, rehearsal, config.training, peaks)
+        return self._trained(stage, rehearsal, config)
 
     def _reward(self, config: Any, stage: str) -> Need:
         texts, length = self.ranking, config.max_length
@@ -156,12 +154,7 @@ class Planner:
             rows=config.training.microbatch_size,
             length=texts * length,
         )
-        peaks = [
-            self._peak(rehearsal, "validation"),
-            *self._training(rehearsal, config.training),
-            self._constants(config),
-        ]
-        return self._steps(stage, rehearsal, config.training, peaks)
+        return self._trained(stage, rehearsal, config, self._constants(config))
 
     def _ppo(self, config: Any, reward: Any) -> Need:
         require(
@@ -265,7 +258,7 @@ class Planner:
                 (rehearse_scoring, {"quantised": quantised, "lora": scoring}),
             )
         ]
-        workers = 1 if self.machine.is_gpu else self._workers(config)
+        workers = self._workers(config)
         peaks = [
             self._peak(rehearsal, name, workers=1 if shared and name == "divergence" else workers)
             for rehearsal in one_after_the_other
@@ -281,18 +274,30 @@ class Planner:
         return replace(self._most("evaluate", peaks, seconds=seconds, unit="run"), units=1)
 
     def _workers(self, config: Any) -> int:
-        if self.machine.is_gpu:
+        if self.machine.is_gpu or self.machine.sharding.divides_state:
             return 1
         threads = config.threads or max(1, num_cores() // self.machine.processes)
         wanted = getattr(config, "workers", 0)
         return wanted or min(2, threads)
 
     def _passes(self, config: Any) -> Passes:
+        sharding = self.machine.sharding
+        bf16 = self.precision(config.training.precision) == "bf16"
         return Passes(
-            bf16=self.precision(config.training.precision) == "bf16",
+            bf16=bf16,
+            narrow=bf16 and sharding.divides_state,
             adds_up=self._adds_up(config.training),
             recomputes=config.activation_checkpointing,
+            all_logits=sharding.kind == "zero3",
         )
+
+    def _trained(self, stage: str, rehearsal: Rehearsal, config: Any, *more: Peak) -> Need:
+        """Returns the need of a stage that trains one model, at these peaks or at more."""
+        narrow = self._passes(config).narrow
+        parts = in_parts(rehearsal, kind=self.machine.sharding.kind, narrow=narrow)
+        peaks = [self._peak(parts, "validation"), *self._training(parts, config.training), *more]
+        need = self._steps(stage, rehearsal, config.training, peaks)
+        return replace(need, trained=need.trained * (2 if narrow else 1))  # points hold float32
 
     def _adds_up(self, training: Any) -> bool:
         """Whether gradients of other passes are there, or count as such since they are divided."""
@@ -346,25 +351,28 @@ class Planner:
         working = max(0.0, rehearsal.moments[name].most - held)
         if name == "step":
             working *= self._state_share
-        more = gradients * (workers - 1) * rehearsal.gradients
-        return self._held(
-            rehearsal, name, gradients=gradients, extra=workers * working + more + extra
-        )
+        once = rehearsal.shared if name in REPLYING else 0.0
+        extra += once + workers * (working - once) + gradients * (workers - 1) * rehearsal.gradients
+        return self._held(rehearsal, name, gradients=gradients, extra=extra)
 
     def _held(
         self, rehearsal: Rehearsal, name: str, *, gradients: bool = True, extra: float
     ) -> Peak:
-        """Returns what is held throughout, divided as the machine says, and what comes on top."""
+        """Returns what is held throughout, divided as the machine says, and what comes on top.
+
+        A divided policy replies as a copy, which gathers nothing (`Sharded.whole`).
+        """
         sharding, state = self.machine.sharding, self._state_share
-        weights = rehearsal.weights
+        weights, gathered = rehearsal.weights, 0.0
         if sharding.divides_weights:
             weights = 0.0 if sharding.offload_weights else weights / self.machine.processes
+            gathered = rehearsal.gathered * (name not in ("step", *REPLYING))
         return Peak(
             moment=name,
             weights=weights,
             gradients=gradients * rehearsal.gradients * state,
             optimizer=rehearsal.optimizer * state,
-            working=extra + self._whole(rehearsal, name),
+            working=extra + gathered,
         )
 
     @property
@@ -374,14 +382,6 @@ class Planner:
         if sharding.offload_optimizer:
             return 0.0
         return 1 / self.machine.processes if sharding.divides_state else 1.0
-
-    def _whole(self, rehearsal: Rehearsal, name: str) -> float:
-        """Returns the bytes of divided weights that a moment has whole on the device."""
-        if name == "step" or not self.machine.sharding.divides_weights:
-            return 0.0
-        if name in REPLYING:  # a copy of the policy, which gathers nothing (`Sharded.whole`)
-            return self.copy_bytes
-        return rehearsal.gathered
 
     def _steps(self, stage: str, rehearsal: Rehearsal, training: Any, peaks: list[Peak]) -> Need:
         passes = training.minibatch_size / training.microbatch_size / self.machine.processes

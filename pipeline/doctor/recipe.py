@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.borrowed import Borrowed, borrow_tokenizer
 from pipeline.config import require
 from pipeline.doctor.blueprint import Blueprint
-from pipeline.errors import told
+from pipeline.errors import UserError, told
 from pipeline.pretrained import from_pretrained
 from pipeline.stepping import steps_by_cache
+from pipeline.templates import read_template
 from pipeline.weights import check_it_continues
 
 PATIENCE = 3.0
@@ -23,6 +25,8 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 """A model on the hub, and the commit that is meant, if any."""
 OTHERS = ("model_type", "id2label", "label2id")
 """Of a model's configuration what does not say how large it is: labels are ours."""
+TOKENIZER = "tokenizer_config.json"
+"""File that every tokenizer's folder has."""
 PAIR = 2
 """Texts of a ranking that is a pair."""
 
@@ -47,11 +51,29 @@ class Recipe:
         ratings = self.configs["data"].ratings
         return PAIR if ratings.source == "none" else int(ratings.ranking_size)
 
-    def tokenizer_folder(self) -> Path | None:
-        """Returns where the run's tokenizer lies already, or the one that it will take."""
-        own, taken = self.folder / "tokenizer", Path(self.configs["tokenizer"].init_from or "-")
-        found = [place for place in (own, taken) if (place / "tokenizer_config.json").is_file()]
-        return found[0] if found else None
+    def tokenizer(self) -> tuple[str, Borrowed] | None:
+        """Returns where the run's tokenizer lies, and it; else the one that the stage would write.
+
+        None where it is still to be trained, or to be fetched.
+
+        Raises:
+            UserError: it cannot be read, or the stage would refuse it.
+        """
+        from pipeline.models import load_tokenizer
+
+        own, settings = self.folder / "tokenizer", self.configs["tokenizer"]
+        if (own / TOKENIZER).is_file():
+            return str(own), Borrowed(load_tokenizer(own), ())
+        taken = tokenizer_folder(settings.init_from)
+        if taken is None:
+            return None
+        drops = settings.drop_default_system
+        try:
+            given = read_template(settings.chat_template, recipe=self.name)
+            borrowed = borrow_tokenizer(str(taken), drop_default_system=drops, given=given)
+        except UserError as error:
+            raise UserError(f"tokenizer: {error}") from error
+        return settings.init_from, borrowed
 
     def origin_config(self) -> Any | None:
         """Returns the configuration of the model to start from; None where it is not reached."""
@@ -122,6 +144,20 @@ def _checked(blueprint: Blueprint, where: str) -> Blueprint:
         "without one is not known here",
     )
     return blueprint
+
+
+def tokenizer_folder(init_from: str) -> Path | None:
+    """Returns the folder of a model's tokenizer on this disk, in the hub's cache too; else None."""
+    if (Path(init_from or "-") / TOKENIZER).is_file():
+        return Path(init_from)
+    found = HUB_ID.fullmatch(init_from)
+    if found is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, commit = found.groups()
+    known = try_to_load_from_cache(repository, TOKENIZER, revision=commit)
+    return Path(known).parent if isinstance(known, str) else None
 
 
 @functools.cache

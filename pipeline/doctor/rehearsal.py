@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.attention import attention_of
-from pipeline.doctor.blueprint import Blueprint, roles_of
+from pipeline.doctor.blueprint import Blueprint, roles_of, tensors_of
 from pipeline.doctor.ledger import Ledger, Light, hollow
 from pipeline.doctor.seen import Rehearsal, Stage
-from pipeline.fitting import mean_nll, prefer_fast_attention
-from pipeline.language_loss import labelled_nll, plain_head
+from pipeline.fitting import prefer_fast_attention
+from pipeline.language_loss import labelled_nll, mean_nll, plain_head
 from pipeline.lora import LoRA, with_adapter
+from pipeline.narrow import narrowed, only_in_products
 from pipeline.optim import build_optimizer
 from pipeline.ppo.cache import make_room
 from pipeline.ppo.passes import Lesson, precision_context
@@ -57,13 +58,17 @@ class Passes:
 
     Attributes:
         bf16: whether in bfloat16.
+        narrow: whether weights are bfloat16 already where they are read, as divided ones are.
         adds_up: whether gradients of other passes are there before.
         recomputes: whether layers keep their inputs alone and are computed again on the way back.
+        all_logits: whether a language model makes the loss of all its logits, as in ZeRO 3.
     """
 
     bf16: bool = False
+    narrow: bool = False
     adds_up: bool = True
     recomputes: bool = False
+    all_logits: bool = False
 
 
 def training_rows(rows: int, length: int) -> dict[str, Tensor]:
@@ -94,13 +99,13 @@ def rehearse_language_model(
         passes: how they are made.
     """
     model = blueprint.causal_lm(quantised=lora.quantise == "4bit")
-    trained = _adapted(model, lora, task="CAUSAL_LM", recomputes=passes.recomputes)
+    trained = _adapted(model, lora, task="CAUSAL_LM", passes=passes)
     if blueprint.packs:  # on a processor
         prefer_fast_attention(trained, bf16=passes.bf16)
     stage = Stage(ledger, {"model": trained})
 
     def loss() -> Tensor:
-        if plain_head(model):
+        if plain_head(model) and not passes.all_logits:
             return labelled_nll(trained, batch, head=model.get_output_embeddings())
         return trained(**batch, use_cache=False).loss
 
@@ -145,7 +150,7 @@ def rehearse_reward(
         passes: how they are made.
     """
     model = blueprint.classifier(quantised=lora.quantise == "4bit")
-    trained = _adapted(model, lora, task="SEQ_CLS", recomputes=passes.recomputes)
+    trained = _adapted(model, lora, task="SEQ_CLS", passes=passes)
     if dropout > 0:
         add_dropout(model, probability=dropout)
     if blueprint.packs:
@@ -188,10 +193,12 @@ def rankings(*, rows: int, texts: int, prompt: int, length: int, packed: bool) -
         return RankingCollator(pad_id=PAD, packed=packed)([row] * rows) | {"length": length}
 
 
-def _adapted(model: Any, lora: LoRA, *, task: str, recomputes: bool) -> Any:
+def _adapted(model: Any, lora: LoRA, *, task: str, passes: Passes) -> Any:
     with torch.device("meta"):
         trained = with_adapter(model, lora, task=task, seed=0)
-    if recomputes:
+    if passes.narrow:
+        trained.to(torch.bfloat16)
+    if passes.recomputes:
         trained.activation_checkpointing_enable()  # as Trainer does
     return hollow(trained)
 
@@ -209,7 +216,7 @@ def _rehearse_training(
         optimizer.zero_grad()
 
     def one_pass() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=passes.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=passes.bf16 and not passes.narrow):
             total = loss()
         total.backward()
 
@@ -232,6 +239,7 @@ def rehearse_generation(
 
 def rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: str) -> None:
     """Notes the reading of prompts, and the steps of the first tokens and of the last."""
+    stage.ledger.hold(tensors_of(policy))  # of a copy, which was not there before
     with precision_context(precision, CPU):
         numbers = torch.zeros(replies.rows, 1)
         stage.observe(
@@ -245,10 +253,12 @@ def rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: 
                 batch_size=replies.rows,
             ),
         )
-        for name, length in (("first token", 2), ("last token", replies.response)):
-            token = _next_token(policy, replies, seen=replies.prompt + length - 1)
-            stage.observe(name, token)
-            del token
+        with narrowed(policy):  # as `generate` holds the weights for all steps
+            stage.share()
+            for name, length in (("first token", 2), ("last token", replies.response)):
+                token = _next_token(policy, replies, seen=replies.prompt + length - 1)
+                stage.observe(name, token)
+                del token
 
 
 @torch.no_grad()
@@ -299,15 +309,14 @@ def rehearse_ppo(
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
         recomputes: whether layers of what is trained are computed again on the way back.
-        copies: whether a frozen copy of the policy replies, as where it is divided.
+        copies: whether a copy of the policy replies, as where it is divided.
     """
     critic = settings.advantage.needs_value_model
     four = roles_of(blueprint, roles=roles, loras=loras, critic=critic, recomputes=recomputes)
     named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
     stage = Stage(ledger, {name: role for name, role in named if role is not None})
     size = settings.minibatch_size
-    longest = replies.prompt + replies.response
-    text = torch.full((settings.microbatch_size, longest), WORD)
+    text = torch.full((settings.microbatch_size, replies.prompt + replies.response), WORD)
     trainer = PPOTrainer(
         four,
         [[WORD]],
@@ -318,6 +327,7 @@ def rehearse_ppo(
         text=text if settings.optimisation.ptx_coef > 0 else None,
     )
     optimizers = trainer.optimiser.optimizers.values()
+    replying = _copied(blueprint, precision=settings.precision) if copies else four.policy
     prompts, responses = [[WORD] * replies.prompt] * size, [[WORD] * replies.response] * size
     unknown = [torch.zeros(replies.response)] * size
     sampled = Sampled(responses, {"logprobs": unknown, "entropy": unknown})
@@ -325,8 +335,8 @@ def rehearse_ppo(
         stage.settle(list(optimizers), foreach=not blueprint.packs)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        with _frozen(four.policy) if copies else contextlib.nullcontext():
-            rehearse_replies(stage, four.policy, replies, precision=settings.precision)
+        rehearse_replies(stage, replying, replies, precision=settings.precision)
+        del replying
         kept: list[Any] = []
         stage.observe("measure", lambda: kept.append(trainer.measure(prompts, sampled)))
         experience = kept.pop()
@@ -349,12 +359,11 @@ def _standing_still(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[Non
         yield
 
 
-@contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Takes a model's gradients away: autocast keeps no copies of weights that have none."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    yield
-    for parameter in trained:
-        parameter.requires_grad_(True)
+def _copied(blueprint: Blueprint, *, precision: str) -> Any:
+    """Returns a policy as `Sharded.whole` yields it: in bf16 what products read is in bfloat16."""
+    model = blueprint.causal_lm().requires_grad_(False)
+    products = only_in_products(model) if precision == "bf16" else set()
+    for weight in model.parameters():
+        if id(weight) in products:
+            weight.data = weight.data.to(torch.bfloat16)
+    return blueprint.reader(model)

@@ -50,6 +50,8 @@ class Rehearsal:
         roles: of ppo; what is shared counts for the first that holds it.
         gathered: weights of what is outside the layers and of two layers, of the largest role:
             what a process holds whole at a time where the rest is divided.
+        shared: weights that are there while a policy replies alone, and that workers share: a
+            divided policy's copy, and what linear layers hold in bfloat16.
     """
 
     weights: float
@@ -58,6 +60,7 @@ class Rehearsal:
     moments: Mapping[str, Moment]
     roles: Mapping[str, Role] = field(default_factory=dict)
     gathered: float = 0.0
+    shared: float = 0.0
 
     def at(self, layers: int, other: "Rehearsal") -> "Rehearsal":
         """Returns the rehearsal of so many layers; this one is of two layers, the other of three.
@@ -94,6 +97,7 @@ class Rehearsal:
                 for name, role in self.roles.items()
             },
             gathered=self.gathered,
+            shared=line(self.shared, other.shared),
         )
 
 
@@ -109,7 +113,7 @@ class Stage:
     def __init__(self, ledger: Ledger, models: Mapping[str, Any]) -> None:
         self.ledger, self.moments = ledger, dict[str, Moment]()
         self.roles = {name: self._hold(model) for name, model in models.items()}
-        self.weights, self.optimizer, self.gradients = ledger.live, 0, 0
+        self.weights, self.optimizer, self.gradients, self.shared = ledger.live, 0, 0, 0
 
     def _hold(self, model: Any) -> Role:
         before = self.ledger.live
@@ -146,6 +150,10 @@ class Stage:
         self.optimizer = self.ledger.live - self.weights - self.gradients
         self.observe("step", lambda: [optimizer.step() for optimizer in optimizers])
 
+    def share(self) -> None:
+        """Notes the weights that came since what is held throughout, and go again."""
+        self.shared = self.ledger.live - self.weights - self.optimizer
+
     def seen(self) -> Rehearsal:
         """Returns all that was noted."""
         return Rehearsal(
@@ -154,4 +162,5 @@ class Stage:
             optimizer=float(self.optimizer),
             moments=self.moments,
             roles=self.roles,
+            shared=float(self.shared),
         )

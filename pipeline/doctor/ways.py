@@ -1,6 +1,7 @@
 """What code does by the device that it is on: fake tensors are on none."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -8,6 +9,7 @@ from unittest.mock import patch
 from torch import Tensor
 
 from pipeline import logprobs, sizes
+from pipeline.distributed import USE_CPU
 from pipeline.doctor.ledger import Ledger
 from pipeline.ppo import rollout
 
@@ -25,6 +27,7 @@ def ways_of(ledger: Ledger, *, is_gpu: bool) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if not is_gpu:
+            stack.enter_context(on_processor())
             blocks = logprobs.blocks
             stack.enter_context(
                 patch.object(logprobs, "blocks", lambda rows: ledger.once_for_all(blocks(rows)))
@@ -36,6 +39,13 @@ def ways_of(ledger: Ledger, *, is_gpu: bool) -> Iterator[None]:
                 (rollout, "PIECE_NUMBERS", EVERYTHING),
             ):
                 stack.enter_context(patch.object(module, name, way))
+        yield
+
+
+@contextlib.contextmanager
+def on_processor() -> Iterator[None]:
+    """Lets code choose as for a processor, though a GPU may be here."""
+    with patch.dict(os.environ, {USE_CPU: "1"}):
         yield
 
 

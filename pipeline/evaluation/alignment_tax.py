@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.corpus import read_optional_corpus, stack
-from pipeline.fitting import nll_as_it_is
+from pipeline.language_loss import nll_as_it_is
 from pipeline.logprobs import perplexity
 from pipeline.spacing import evenly_spaced
 

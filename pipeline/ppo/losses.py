@@ -7,7 +7,7 @@ minibatch, over all ranks and micro-batches, so that the way the work is cut cha
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.ppo.kl import k2, k3
@@ -142,16 +142,11 @@ def entropy_loss(
     return Loss(-entropy[mask].sum() / num_tokens, {})
 
 
-def text_loss(
-    logits: Float[Tensor, "row time vocabulary"], ids: Int[Tensor, "row time"], *, num_tokens: int
-) -> Loss:
+def text_loss(logprobs: Float[Tensor, "row time"], *, num_tokens: int) -> Loss:
     """Returns the negative log-likelihood of rows of text in nats, divided by num_tokens.
 
     Args:
-        logits: of the model on the rows.
-        ids: packed rows, every token real; the first of a row is predicted by nothing.
+        logprobs: of each token but the first of a row, which is predicted by nothing.
         num_tokens: predicted tokens of the whole minibatch, over all ranks.
     """
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = wide.log_softmax(dim=-1).gather(2, ids[:, 1:, None])
-    return Loss(-chosen.sum() / num_tokens, {})
+    return Loss(-logprobs.sum() / num_tokens, {})

@@ -198,7 +198,8 @@ class Optimiser:
                 parameter.grad = torch.zeros_like(parameter)
         if distributed.world_size() > 1 and not isinstance(self.models[name], Sharded):
             flat = torch.cat([p.grad.flatten() for p in parameters])
-            flat = self.accelerator.reduce(flat, reduction="sum")
+            with distributed.together():
+                flat = self.accelerator.reduce(flat, reduction="sum")
             for parameter, part in zip(
                 parameters, flat.split([p.numel() for p in parameters]), strict=True
             ):

@@ -21,6 +21,7 @@ from pipeline.sequences import (
     pad_tokens,
     response_states,
     response_tokens,
+    text_logprobs,
     token_logprobs,
     token_logprobs_and_entropy,
 )
@@ -191,11 +192,8 @@ class Worker:
     def backward(self, job: Job) -> dict[str, float]:
         """Returns the sums of one pass after adding its gradients to what moves."""
         assert isinstance(job.rows, Tensor) or job.rows.is_packed == self.roles.packed
-        if isinstance(job.rows, Tensor):
-            total, sums = self._forward(job)
-        else:
-            role = self.roles.value if job.kind == "value" else self.roles.policy
-            total, sums = in_one_pass(role, self._forward, job)
+        role = self.roles.value if job.kind == "value" else self.roles.policy
+        total, sums = in_one_pass(role, self._forward, job)
         if total.requires_grad:
             (total if job.counts else 0.0 * total).backward()
         return sums if job.counts else {}
@@ -290,8 +288,8 @@ class Worker:
 
     def _text(self, ids: Int[Tensor, "row time"], job: Job) -> dict[str, Loss]:
         with torch.set_grad_enabled("policy" in job.moving), self._precision():
-            logits = self.roles.policy(input_ids=ids, use_cache=False).logits
-            return {"ptx": text_loss(logits, ids, num_tokens=job.num_tokens)}
+            logprobs = text_logprobs(self.roles.policy, ids)
+            return {"ptx": text_loss(logprobs, num_tokens=job.num_tokens)}
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return precision_context(self.settings.precision, self.roles.policy.device)

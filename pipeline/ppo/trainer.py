@@ -24,7 +24,6 @@ from pipeline.ppo.checks import check_experience
 from pipeline.ppo.engines import RolloutEngine, corrected, open_engine
 from pipeline.ppo.experience import Experience, Roles, assemble, measure, move_reference
 from pipeline.ppo.kl import AdaptiveController, Controller, FixedController, compensated
-from pipeline.ppo.losses import text_loss
 from pipeline.ppo.metrics import explained_variance, objective
 from pipeline.ppo.midway import Midway
 from pipeline.ppo.optimiser import Optimiser
@@ -35,7 +34,8 @@ from pipeline.ppo.rollout import ENGINE_LOGPROBS, Sampled, uniforms
 from pipeline.ppo.scorers import Divided, Rewards, token_scorer
 from pipeline.ppo.settings import KL, Settings
 from pipeline.restricted import restricted
-from pipeline.sharding import divided_as, gathered
+from pipeline.sequences import text_logprobs
+from pipeline.sharding import divided_as, gathered, in_one_pass
 from pipeline.streams import stream
 
 if TYPE_CHECKING:
@@ -291,9 +291,8 @@ class PPOTrainer:
         for start in range(0, len(rows), self.settings.microbatch_size):
             ids = text[rows[start : start + self.settings.microbatch_size]].to(policy.device)
             with precision_context(self.settings.precision, policy.device):
-                logits = policy(input_ids=ids, use_cache=False).logits
-            own = slice(max(0, count - start))
-            total += float(text_loss(logits[own], ids[own], num_tokens=1).value)
+                logprobs = in_one_pass(policy, text_logprobs, policy, ids)
+            total -= float(logprobs[: max(0, count - start)].sum())
         num_tokens = len(text) * (text.shape[1] - 1)
         return perplexity(sum(distributed.gather_objects(total)) / num_tokens)
 
@@ -374,10 +373,15 @@ def placed(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _clock(timings: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
+    """Adds the seconds of a phase, and those of them in collectives where processes are several."""
+    start, before = time.perf_counter(), distributed.seconds_together()
     yield
-    key = f"time/{name}_seconds"
-    timings[key] = timings.get(key, 0.0) + time.perf_counter() - start
+    found = {name: time.perf_counter() - start}
+    if distributed.world_size() > 1:
+        found["collectives"] = distributed.seconds_together() - before
+    for part, seconds in found.items():
+        key = f"time/{part}_seconds"
+        timings[key] = timings.get(key, 0.0) + seconds
 
 
 def _add_throughput(timings: dict[str, float], *, num_tokens: int) -> None:

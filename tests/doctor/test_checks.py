@@ -123,6 +123,39 @@ def test_a_source_that_the_recipe_has_no_stage_for_is_wrong():
     )
 
 
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A base model's tokenizer: no chat template, and PAD is EOS."""
+    tokenizer = train_tokenizer(["hello there, how are you"] * 4, vocabulary_size=300)
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, None
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_tokenizer_that_is_to_be_taken_is_looked_at_as_the_stage_would_write_it(base):
+    taken = f"--tokenizer.init_from={base}"
+    good, back = checks.tokens(of(taken, "--tokenizer.chat_template=plain"), machine())
+    assert (good.state, back.state) == ("good", "good")
+    assert good.text.startswith(f"{base}: PAD is not EOS, a prompt is rendered; the chat template")
+    assert "; PAD is <" in good.text
+    (bare,) = [f for f in checks.examine(of(taken), machine(), [], copy=0.0) if "no chat" in f.text]
+    assert (bare.state, bare.text[:21]) == ("wrong", "tokenizer: init_from:")
+
+
+def test_a_tokenizer_on_the_hub_is_looked_at_where_the_cache_has_it(base, monkeypatch):
+    asked = []
+
+    def cached(*words, **more):
+        asked.append((*words, more))
+        return str(base / "tokenizer_config.json") if len(asked) > 1 else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    hub = of("--tokenizer.init_from=owner/base@0123abc", "--tokenizer.chat_template=plain")
+    assert only(checks.tokens(hub, machine()))[0] == "unknown"
+    assert next(checks.tokens(hub, machine())).text.startswith("owner/base@0123abc: PAD is not EOS")
+    assert asked == 2 * [("owner/base", "tokenizer_config.json", {"revision": "0123abc"})]
+
+
 def test_pad_that_is_eos_is_found(run, tmp_path, monkeypatch):
     tokenizer = train_tokenizer(["hello"] * 4, vocabulary_size=290)
     tokenizer.pad_token = tokenizer.eos_token
@@ -176,8 +209,8 @@ def test_ppos_own_sharding_is_held_against_what_it_goes_with():
         found = checks.examine(of(*words), machine(processes, sharding=fsdp), [], copy=0.0)
         return [one.text for one in found if "sharding" in one.text or "refuses" in one.text]
 
-    assert looked() == []
-    (alone,) = looked(processes=1)
+    assert looked() == looked(processes=1) == []  # one process keeps its models whole
+    (alone,) = looked("--ppo.sharding=fsdp2", processes=1)
     assert alone.startswith("sharding: fsdp2 divides models over processes, and there is one")
     (engine,) = looked("--ppo.engine.name=vllm_colocate")
     assert engine.startswith("engine.name: vllm_colocate takes whole weights")
@@ -230,12 +263,17 @@ def test_libraries_that_settings_need_are_looked_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "tracking", "state"),
-    [(True, "wandb", "good"), (False, "wandb", "wrong"), (False, "auto", "good")],
+    ("key", "tracking", "text"),
+    [
+        (True, "wandb", "wandb has a key"),
+        (False, "wandb", "wandb has no key: it writes offline, and stages say how to sync"),
+        (False, "auto", "wandb has no key: it writes offline, and stages say how to sync"),
+    ],
 )
-def test_the_key_of_wandb_is_looked_for(monkeypatch, key, tracking, state):
+def test_the_key_of_wandb_is_looked_for(monkeypatch, key, tracking, text):
     monkeypatch.setattr(checks, "key_is_configured", lambda: key)
-    assert only(checks.tracking(of(f"--ppo.tracking={tracking}"), machine()))[0] == state
+    found = checks.tracking(of(f"--ppo.tracking={tracking}"), machine())
+    assert only(found) == ("good", text)
 
 
 def test_where_nothing_is_tracked_no_key_is_missed():
@@ -254,6 +292,15 @@ def test_a_disk_that_is_too_small_is_found(monkeypatch):
         )
         assert checks.disk(of(), here, [one], copy=1000.0).state == state
     assert checks.disk(of(), machine(), [one], copy=1000.0).state == "unknown"
+
+
+def test_ppo_keeps_its_critic_and_the_policy_that_a_guard_likes_best():
+    one = Need(
+        stage="ppo", peak=Peak(moment="text"), base=0.0, room=1.0, seconds=1.0, unit="update"
+    )
+    for every, size in ((0, 2), (1, 3)):
+        recipe = of(f"--ppo.guard.every={every}")
+        assert f" {size}.0 GB" in checks.disk(recipe, machine(), [one], copy=1e9).text
 
 
 def test_the_hubs_model_is_held_against_the_recipe(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.doctor import needs, rehearsal
 from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
-from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus
+from pipeline.doctor.dividing import BUCKET
+from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus, this_machine
 from pipeline.doctor.mending import changes
 from pipeline.doctor.need import Peak
 from pipeline.doctor.needs import REPLYING, Planner
@@ -80,6 +81,24 @@ def test_a_second_worker_holds_its_own_gradients_and_pass():
     assert found.working == 2 * 500 + 800
 
 
+def test_workers_that_reply_share_the_weights_that_they_read():
+    moments = dict.fromkeys(("last token", "measure"), Moment(3200.0, 1.0, 0.0))
+    seen = dataclasses.replace(SEEN, moments=moments, shared=400.0)
+    ours = planner(processes=1)
+    found = [ours._peak(seen, name, workers=2).working for name in moments]
+    assert found == [400 + 2 * 200, 2 * 600]  # 3200 - 1000 - 1600
+
+
+def test_workers_are_not_side_by_side_where_models_are_divided():
+    here = this_machine(2, sharding=Sharding(kind="fsdp"))
+    divided, whole = (
+        dataclasses.replace(planner(), machine=dataclasses.replace(here, sharding=sharding))
+        for sharding in (here.sharding, Sharding())
+    )
+    config = PPOConfig(threads=2)
+    assert (divided._workers(config), whole._workers(config)) == (1, 2)
+
+
 def test_replies_take_a_step_a_token():
     moments = {
         "prefill": Moment(0.0, 3.0, 0.0), "first token": Moment(0.0, 1.0, 0.0),
@@ -120,8 +139,22 @@ def test_adapters_that_are_trained_already_are_tried_in_4_bits(kind):
 
 def test_adapters_are_not_tried_where_models_are_divided():
     config = SFTConfig(training=Training(minibatch_size=8, microbatch_size=1))
-    assert tried("sft", {"sft": config}, kind="fsdp") == []
-    assert tried("ppo", {"ppo": PPOConfig(microbatch_size=1)}, kind="fsdp") == []
+    assert tried("sft", {"sft": config}, 2, kind="fsdp") == []
+    few = PPOConfig(prompts_per_update=32, microbatch_size=1)
+    assert tried("ppo", {"ppo": few}, 2, kind="fsdp") == []
+
+
+def test_fewer_replies_are_tried_with_what_goes_with_them():
+    config = PPOConfig(prompts_per_update=128, minibatch_size=64, validation_prompts=64)
+    small = "--ppo.microbatch_size=1"
+    fewer = [
+        ["--ppo.prompts_per_update=64"],
+        [f"--ppo.{name}=32" for name in ("prompts_per_update", "minibatch_size",
+                                         "validation_prompts")],
+    ]  # fmt: skip
+    found = tried("ppo", {"ppo": config}, 2)
+    assert found[found.index([small]) + 1 :][:3] == [*fewer, [small, *fewer[-1]]]
+    assert tried("ppo", {"ppo": config}, 8)[-3][0] == small  # 8 replies of a process are few
 
 
 @pytest.mark.parametrize(
@@ -186,10 +219,13 @@ UPDATED = Rehearsal(
         "value": Role(weights=1000.0, trained=300.0),
     },
     gathered=300.0,
+    shared=1000.0,
 )
 """An update of ppo: 1400 of work beside weights and moments, 800 beside gradients too."""
 SMALL_COPY = 4 * (4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 300 * 64 + 64)
 """Bytes of the policy of `small_planner`: four layers, embeddings, a head, and the last norm."""
+SMALL_BUFFERS = 2 * 4 * 64 // 4 // 2
+"""Those of its rotary frequencies, kept twice."""
 
 
 def updating(config: PPOConfig | None = None, **sharding) -> dict[str, tuple[float, ...]]:
@@ -200,9 +236,9 @@ def updating(config: PPOConfig | None = None, **sharding) -> dict[str, tuple[flo
 @pytest.mark.parametrize("moment", REPLYING)
 def test_a_divided_policy_replies_as_a_whole_copy_on_every_device(moment):
     assert updating()[moment] == (4000, 0, 1600, 1400)
-    assert updating(kind="fsdp")[moment] == (1000, 0, 400, 1400 + SMALL_COPY)
+    assert updating(kind="fsdp")[moment] == (1000, 0, 400, 1400)  # 1000 of them the copy
     offload = {"offload_weights": True, "offload_optimizer": True}
-    assert updating(kind="fsdp", **offload)[moment] == (0, 0, 0, 1400 + SMALL_COPY)
+    assert updating(kind="fsdp", **offload)[moment] == (0, 0, 0, 1400)
 
 
 def test_divided_roles_are_gathered_layer_by_layer_to_be_read():
@@ -281,17 +317,33 @@ def test_replies_of_divided_models_are_planned_with_the_copy():
     whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
     assert whole.peak.moment == divided.peak.moment == "last token"
     assert divided.peak.weights == whole.peak.weights / 4
-    assert divided.peak.working - whole.peak.working == SMALL_COPY
+    assert divided.peak.working - whole.peak.working == SMALL_COPY + SMALL_BUFFERS
 
 
-def test_no_weights_of_the_copy_are_kept_in_bfloat16_while_it_replies():
+def test_a_copy_that_replies_in_bfloat16_holds_what_products_read_in_it_alone():
     sizes = {"minibatch_size": 4, "microbatch_size": 1, "max_response_tokens": 200}
     configs = {"ppo": PPOConfig(precision="bf16", **sizes), "reward": RewardConfig()}
     whole, divided = (small_planner(**kind).need("ppo", configs) for kind in ({}, {"kind": "fsdp"}))
     assert whole.peak.moment == divided.peak.moment == "last token"
-    # autocast keeps what it makes of weights that are trained: all but embeddings and norms
-    kept = 2 * (4 * (4 * 64 * 64 + 3 * 64 * 128) + 300 * 64)
-    assert divided.peak.working - whole.peak.working == pytest.approx(SMALL_COPY - kept, rel=0.15)
+    products = 4 * (4 * 64 * 64 + 3 * 64 * 128) + 300 * 64  # all but embeddings and norms
+    # both hold products in bfloat16; whole roles have the float32 ones anyway, and so the copy's
+    # other weights are what it takes beside
+    assert divided.peak.working - whole.peak.working == SMALL_COPY - 4 * products + SMALL_BUFFERS
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_deepspeed_in_bfloat16_holds_masters_and_moments_in_float32(kind):
+    config = SFTConfig(training=dataclasses.replace(TRAINING, precision="bf16"))
+    whole, parts = (
+        small_planner(**some).need("sft", {"sft": config}) for some in ({}, {"kind": kind})
+    )
+    number, share = SMALL_COPY / 4, 1 if kind == "zero2" else 1 / 4
+    assert parts.peak.moment == "pass"
+    assert parts.peak.weights == pytest.approx(2 * share * number, rel=0.01)
+    assert parts.peak.gradients == 2 * number / 4
+    assert parts.peak.optimizer == pytest.approx((4 + 8) * number / 4, rel=0.01)
+    assert parts.peak.working > 2 * BUCKET
+    assert parts.trained == whole.trained == SMALL_COPY
 
 
 def weights(stage: str, configs, **sharding) -> float:

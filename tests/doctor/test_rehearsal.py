@@ -139,7 +139,7 @@ def settings(**more) -> Settings:
     )  # fmt: skip
 
 
-def ppo(roles, precision="fp32", *, layers=1):
+def ppo(roles, precision="fp32", *, layers=1, copies=False):
     return rehearse_ppo(
         BLUEPRINT.of_depth(layers),
         ledger(),
@@ -147,6 +147,7 @@ def ppo(roles, precision="fp32", *, layers=1):
         roles=roles,
         loras=(LoRA(rank=2), LoRA(rank=2)),
         replies=Replies(rows=4, prompt=8, response=6),
+        copies=copies,
     )
 
 
@@ -184,8 +185,57 @@ def test_the_step_is_no_part_of_the_passes_before_it():
     assert seen.moments["optimise"].seconds > 0
 
 
-def test_bfloat16_holds_other_copies_of_the_weights():
-    assert ppo("separate", "bf16").moments["prefill"].most > ppo("separate").moments["prefill"].most
+@pytest.mark.parametrize("roles", ["separate", "lora"])
+def test_what_replies_in_bfloat16_holds_its_products_in_it_once(roles):
+    wide, narrow = (ppo(roles, precision) for precision in ("fp32", "bf16"))
+    products = LAYER - 2 * WIDTH + WORDS * WIDTH
+    adapters = 3 * 2 * (4 * 2 * WIDTH + 3 * (WIDTH + INNER)) if roles == "lora" else 0
+    assert narrow.shared - wide.shared == 2 * (products + adapters)
+    for name in ("first token", "last token"):
+        more = narrow.moments[name].most - wide.moments[name].most
+        assert more == pytest.approx(narrow.shared, rel=0.2), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copy_that_replies_is_gone_before_anything_else(precision):
+    apart, copied = (ppo("separate", precision, copies=copies) for copies in (False, True))
+    whole = 4 * (LAYER + OUTSIDE) + BUFFERS
+    narrow = 4 * (LAYER - 2 * WIDTH + WORDS * WIDTH) if precision == "bf16" else 0
+    assert copied.shared - apart.shared == whole - narrow
+    for name in ("measure", "optimise", "text"):
+        assert copied.moments[name].most == apart.moments[name].most
+
+
+def test_a_model_in_bfloat16_weighs_half_and_casts_nothing():
+    wide, cast, narrow = (
+        language_model(BLUEPRINT, passes=passes)
+        for passes in (PLAIN, Passes(bf16=True), Passes(bf16=True, narrow=True))
+    )
+    assert narrow.weights == wide.weights / 2
+    assert narrow.gradients == wide.gradients / 2
+
+    def working(seen):
+        return seen.moments["pass"].most - seen.weights - seen.gradients - seen.optimizer
+
+    # autocast keeps what it makes of the weights of all products but the head's
+    assert working(cast) - working(narrow) > 2 * 3 * (LAYER - 2 * WIDTH)
+
+
+def test_a_loss_of_all_logits_holds_them():
+    words, rows = 40_000, 8
+    blueprint = dataclasses.replace(BLUEPRINT, options=BLUEPRINT.options | {"vocab_size": words})
+    few, whole = (
+        rehearse_language_model(
+            blueprint,
+            ledger(),
+            training=TRAINING,
+            lora=NO_LORA,
+            batch=training_rows(rows, LONG),
+            passes=Passes(all_logits=whole),
+        ).moments["pass"]
+        for whole in (False, True)
+    )
+    assert whole.most - few.most > 4 * rows * LONG * words
 
 
 def test_evaluation_holds_two_models_and_two_distributions():

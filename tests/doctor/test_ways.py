@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from pipeline import logprobs, sizes
+from pipeline.distributed import on_gpu
 from pipeline.doctor.ledger import Ledger, made_up
-from pipeline.doctor.machine import Rates
+from pipeline.doctor.machine import Machine, Rates
+from pipeline.doctor.needs import Planner
 from pipeline.doctor.ways import ways_of
 from pipeline.ppo import rollout
+from tests.doctor.test_rehearsal import BLUEPRINT
 
 RATES = Rates(fp32_flops=1e9, bf16_flops=1e9, bandwidth=1e9)
 
@@ -44,3 +47,17 @@ def test_a_gpu_rounds_no_sizes_and_draws_all_rows_together():
         assert rollout.PIECE_NUMBERS > 256 * 200_000
     with torch.autocast("cpu", torch.bfloat16), ways_of(Ledger(RATES), is_gpu=False):
         assert sizes.filled_up(torch.zeros(65, 2)).shape == (128, 2)
+
+
+def test_a_processor_chooses_its_own_precision_though_a_gpu_is_here(monkeypatch):
+    def asked(**_):
+        raise AssertionError
+
+    here = Machine(name="", processes=1, memory=1, rates=RATES, is_gpu=False)
+    planner = Planner(blueprint=BLUEPRINT, machine=here, ranking=2)
+    expected = planner.precision("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
+    assert planner.precision("auto") == expected
+    with ways_of(Ledger(RATES), is_gpu=False):
+        assert not on_gpu()

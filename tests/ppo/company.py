@@ -1,5 +1,6 @@
 """Several processes as threads of one: what the trainer knows of its companions, and no more."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,12 @@ class Company:
         values = list(self.desk)
         self.meeting.wait()
         return values
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def seconds_together(self) -> float:
+        return 0.0
 
     def even_share(self, rows: Any) -> list[Any]:
         shares = [rows[rank :: self.size] for rank in range(self.size)]

@@ -1,4 +1,4 @@
-"""The ppo stage with models divided over two real processes, and what it refuses to divide."""
+"""The ppo stage on two and four real processes, with divided models and whole ones."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import open_artifact
 from pipeline.errors import UserError
 from pipeline.ppo.wanted import check_sharding
+from pipeline.storage import read_jsonl
 from stages import data, ppo, tokenizer
 from tests.stages.test_ppo import make_models
 from tests.support import assert_close
@@ -23,7 +24,6 @@ WEIGHTS = 1e-5
 """A thirtieth of an AdamW step."""
 
 ZERO = {
-    "ACCELERATE_USE_CPU": "1",
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
 }
@@ -50,34 +50,64 @@ def curves(run):
     return [row["step"] for row in rows], torch.tensor([v for row in rows for v in row.values()])
 
 
-def test_divided_models_make_the_run_of_whole_ones_and_either_goes_on(run_folder, tmp_path):
-    run = shutil.copytree(run_folder, tmp_path / "run")
+@pytest.fixture(scope="module")
+def alone(run_folder):
+    """The run of one process."""
     assert ppo.main(words(run_folder)) == 0
-    launch = [sys.executable, "-m", "pipeline.launch", "2", "stages.ppo"]
+    return run_folder
+
+
+def together(processes, run, *more, environment):
+    launch = [sys.executable, "-m", "pipeline.launch", str(processes), "stages.ppo"]
     subprocess.run(
-        [*launch, *words(run, "--activation_checkpointing=true")],
-        env={**os.environ, **ZERO},
+        [*launch, *words(run, *more)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", **environment},
         timeout=900,
         check=True,
     )
-    chosen = open_artifact(run / "ppo", kind="causal-lm").content["chosen"]
-    assert (chosen["sharding"], chosen["workers"], chosen["world_size"]) == ("fsdp2", 1, 2)
 
-    def same():
-        assert curves(run)[0] == curves(run_folder)[0]
-        assert_close(curves(run)[1], curves(run_folder)[1], tolerance=CURVES)
-        for name in ("model.safetensors", "value/model.safetensors"):
-            ours, theirs = (load_file(folder / "ppo" / name) for folder in (run, run_folder))
-            assert ours.keys() == theirs.keys()
-            for key, weight in ours.items():
-                assert_close(weight, theirs[key], tolerance=WEIGHTS)
 
-    same()
-    # One process with whole models goes on from the point of two that held a part each.
+def without_the_second_update(run):
     (run / "ppo" / "manifest.json").unlink()
     shutil.rmtree(run / "ppo" / "checkpoints" / "step-8")  # four steps an update
+
+
+def same(run, other):
+    assert curves(run)[0] == curves(other)[0]
+    assert_close(curves(run)[1], curves(other)[1], tolerance=CURVES)
+    for name in ("model.safetensors", "value/model.safetensors"):
+        ours, theirs = (load_file(folder / "ppo" / name) for folder in (run, other))
+        assert ours.keys() == theirs.keys()
+        for key, weight in ours.items():
+            assert_close(weight, theirs[key], tolerance=WEIGHTS)
+
+
+def test_divided_models_make_the_run_of_whole_ones_and_either_goes_on(alone, tmp_path):
+    run = shutil.copytree(alone, tmp_path / "run", ignore=shutil.ignore_patterns("ppo"))
+    together(2, run, "--activation_checkpointing=true", environment=ZERO)
+    chosen = open_artifact(run / "ppo", kind="causal-lm").content["chosen"]
+    assert (chosen["sharding"], chosen["workers"], chosen["world_size"]) == ("fsdp2", 1, 2)
+    same(run, alone)
+    # One process with whole models goes on from the point of two that held a part each.
+    without_the_second_update(run)
     assert ppo.main(words(run)) == 0
-    same()
+    same(run, alone)
+
+
+def test_four_processes_make_the_run_of_one_and_two_go_on_from_it(alone, tmp_path):
+    run = shutil.copytree(alone, tmp_path / "run", ignore=shutil.ignore_patterns("ppo"))
+    together(4, run, environment={})
+    chosen = open_artifact(run / "ppo", kind="causal-lm").content["chosen"]
+    assert (chosen["sharding"], chosen["world_size"]) == ("none", 4)
+    same(run, alone)
+    first, second = read_jsonl(run / "ppo" / "timings.jsonl")
+    assert all(row["time/collectives_seconds"] > 0 for row in (first, second))
+    assert "time/saving_seconds" not in first
+    assert second["time/saving_seconds"] > 0
+    begun = shutil.copytree(alone, tmp_path / "begun")
+    without_the_second_update(begun)
+    together(2, begun, environment={})
+    same(begun, alone)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapters trained by two connected processes: the curves and the end are those of one process."""
+"""Adapters trained by connected processes: the curves and the end are those of one process."""
 
 import json
 import os
@@ -24,8 +24,8 @@ ADAPTER = ["--lora.rank=4", "--training.optimizer=adamw"]
 """Not Muon, which makes every singular value 1, those that are rounding included."""
 
 TOLERANCE = 1e-6
-"""A two-thousandth of an AdamW step. Measured: 0, for one process adds the same two microbatches
-that two processes read, and what they are multiplied by is a power of two. Without the reduction of
+"""A two-thousandth of an AdamW step. Measured: 0, for one process adds the same microbatches that
+the others read, and what they are multiplied by is a power of two. Without the reduction of
 gradients: 0.02."""
 
 LATE = """
@@ -56,22 +56,23 @@ def parents(tmp_path_factory):
     return folder
 
 
-def words(folder: Path, *, processes: int) -> list[str]:
+def words(folder: Path, stage: str, *, processes: int) -> list[str]:
     """The command line of a stage with adapters."""
-    return [*SMOKE, *FEW, *ADAPTER, f"--run={folder}", f"--num_processes={processes}"]
+    share = ["--training.microbatch_size=2"] if stage == "sft" else []
+    return [*SMOKE, *FEW, *ADAPTER, *share, f"--run={folder}", f"--num_processes={processes}"]
 
 
 def alone(folder: Path, stage: str) -> None:
     """Runs a stage in this process."""
     module = getattr(stages, stage)
-    module.run(load(module.Config, words(folder, processes=1), stage=stage))
+    module.run(load(module.Config, words(folder, stage, processes=1), stage=stage))
 
 
-def together(folder: Path, stage: str, *, module: str = "stages") -> None:
-    """Runs a stage in two processes, as `make NPROC=2` does."""
-    launch = [sys.executable, "-m", "pipeline.launch", "2", f"{module}.{stage}"]
+def together(folder: Path, stage: str, *, processes: int = 2, module: str = "stages") -> None:
+    """Runs a stage in several processes, as `make NPROC=2` does."""
+    launch = [sys.executable, "-m", "pipeline.launch", str(processes), f"{module}.{stage}"]
     result = subprocess.run(
-        [*launch, *words(folder, processes=2)],
+        [*launch, *words(folder, stage, processes=processes)],
         env={
             **os.environ,
             "ACCELERATE_USE_CPU": "1",
@@ -96,14 +97,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {**load_file(folder / "model.safetensors"), **adapter}
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_two_processes_train_the_adapter_that_one_does(parents, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "processes"), [("sft", 4), ("reward", 2)])
+def test_processes_train_the_adapter_that_one_does(parents, tmp_path, stage, processes):
     found = []
-    for work in (alone, together):
-        folder = tmp_path / work.__name__
+    for count in (1, processes):
+        folder = tmp_path / str(count)
         for name in {"data", "pretrain", "sft"} - {stage}:
             shutil.copytree(parents / name, folder / name)
-        work(folder, stage)
+        if count == 1:
+            alone(folder, stage)
+        else:
+            together(folder, stage, processes=count)
         found.append((weights(folder / stage), curves(folder / stage)))
     (one, curves_of_one), (two, curves_of_two) = found
     assert_close(curves_of_two, curves_of_one, tolerance=CURVES)
@@ -112,6 +116,21 @@ def test_two_processes_train_the_adapter_that_one_does(parents, tmp_path, stage)
     assert all(weight.any() for name, weight in one.items() if "lora_B" in name)
     for name, weight in two.items():
         assert_close(weight, one[name], tolerance=TOLERANCE)
+
+
+def test_two_processes_go_on_from_the_point_of_one(parents, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FEW", [*FEW, "--saving.every=2"])
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("data", "pretrain"):
+        shutil.copytree(parents / name, one / name)
+    alone(one, "sft")
+    shutil.copytree(one, two)
+    (two / "sft" / "manifest.json").unlink()
+    shutil.rmtree(two / "sft" / "checkpoints" / "step-4")
+    together(two, "sft")
+    assert_close(curves(two / "sft"), curves(one / "sft"), tolerance=CURVES)
+    for name, weight in weights(two / "sft").items():
+        assert_close(weight, weights(one / "sft")[name], tolerance=TOLERANCE)
 
 
 def test_nothing_goes_that_the_other_process_still_looks_into(parents, tmp_path):
