@@ -199,7 +199,7 @@ class StageRun:
         return self.elapsed_seconds - begun
 
     def latest_point(self) -> tuple[int, Path] | None:
-        """Returns step and folder of the newest resume point, the same for all processes, or None."""
+        """Returns step and folder of the newest resume point, the same for all processes."""
         return distributed.on_main(self.points.latest)
 
     def resolved(self, config: C) -> C:
