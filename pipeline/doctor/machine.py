@@ -17,6 +17,9 @@ from pipeline.errors import told
 GB = 10**9
 UTILISATION = 0.4
 """Share of a GPU's peak that large products reach in training, elementwise work aside."""
+OF_PRODUCTS = {"fp32": 0.7, "bf16": 0.45}
+"""Share of a processor's rate in square products that ppo's training reaches (docs/performance.md,
+"ours, of limit"): what stands between the products counts as much as they do in bfloat16."""
 GPU_CONTEXT = int(0.8 * GB)
 """What CUDA's context, its libraries and NCCL's buffers take of a GPU."""
 GPU_SLACK = 0.05
@@ -244,7 +247,7 @@ def has_gpus() -> bool:
 
 
 def measured_rates(threads: int) -> Rates:
-    """Returns what so many threads reach here: the fastest of a few small products and copies."""
+    """Returns what so many threads reach here, going by the fastest small products and copies."""
     import torch
 
     before = torch.get_num_threads()
@@ -257,8 +260,8 @@ def measured_rates(threads: int) -> Rates:
     finally:
         torch.set_num_threads(before)
     return Rates(
-        fp32_flops=flops[torch.float32],
-        bf16_flops=flops[torch.bfloat16],
+        fp32_flops=OF_PRODUCTS["fp32"] * flops[torch.float32],
+        bf16_flops=OF_PRODUCTS["bf16"] * flops[torch.bfloat16],
         bandwidth=2 * source.numel() * source.element_size() / seconds,
     )
 

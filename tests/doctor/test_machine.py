@@ -82,3 +82,9 @@ def test_measured_rates_are_those_of_real_products():
     rates = machine.measured_rates(1)
     assert 1e8 < rates.fp32_flops < 1e14
     assert 1e7 < rates.bandwidth < 1e13
+
+
+def test_of_products_alone_passes_reach_a_share(monkeypatch):
+    monkeypatch.setattr(machine, "_product_rate", lambda _: 1e10)
+    rates = machine.measured_rates(2)
+    assert (rates.fp32_flops, rates.bf16_flops) == (1.4e10, 9e9)
