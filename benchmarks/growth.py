@@ -28,7 +28,7 @@ AXES: dict[str, list[dict[str, int]]] = {
     "vocabulary": [{"vocabulary": 2**n} for n in range(12, 18)],
     "size": [
         {"prompts": 8, "width": width, "layers": layers}
-        for width, layers in ((64, 2), (128, 4), (256, 8), (512, 8), (768, 16))
+        for width, layers in ((64, 2), (128, 4), (256, 8), (512, 8), (768, 19))
     ],
 }
 PROMPT_TOKENS = 16
