@@ -22,14 +22,7 @@ from pipeline.checkpoint import Artifact, begin, open_artifact
 from pipeline.command import command
 from pipeline.config import StageConfig, require
 from pipeline.data.tables import stage_rows
-from pipeline.distributed import (
-    gather_objects,
-    is_main,
-    rank,
-    setup,
-    to_be_divided,
-    world_size,
-)
+from pipeline.distributed import gather_objects, is_main, rank, setup, to_be_divided, world_size
 from pipeline.evaluation.targets import RUN_TARGETS, TARGETS
 from pipeline.manifest import mending_command
 from pipeline.spacing import evenly_spaced
