@@ -26,7 +26,7 @@ import stages.sft
 from pipeline.config import load
 from pipeline.errors import UserError
 from tests.support import SMOKE, make_corpus
-from tests.vllm_on_processors import QUIET
+from tests.vllm_on_processors import PROCESSORS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
@@ -59,7 +59,7 @@ def start(model: Path, *words: str) -> tuple[subprocess.Popen[bytes], str]:
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}",
          "--host=127.0.0.1", f"--port={port}", "--dtype=float32", "--enforce-eager",
          f"--max-model-len={LONGEST}", *words],
-        env=os.environ | QUIET | {"VLLM_SERVER_DEV_MODE": "1"},
+        env=os.environ | PROCESSORS | {"VLLM_SERVER_DEV_MODE": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     url, ends = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
@@ -130,7 +130,7 @@ def test_a_server_that_reads_too_little_is_refused(untied, server):
         ppo(untied, server, "--max_response_tokens=60")
 
 
-def test_a_server_that_dies_is_one_line(untied):
+def test_a_server_that_is_gone_is_one_line(untied):
     process, url = start(untied / "sft", "--logprobs-mode=processed_logprobs")
     stop(process)
     with pytest.raises(UserError, match="engine.server_url: http://127.0.0.1:.* does not answer"):
@@ -162,7 +162,6 @@ def test_vllm_in_the_processes_that_train(tied, processes):
     ended = subprocess.run(
         [sys.executable, *launch, "tests.vllm_on_processors", *SMOKE, f"--run={tied}",
          "--force=true", "--engine.name=vllm_colocate", "--optimisation.learning_rate=3e-3"],
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -176,7 +175,6 @@ def test_vllm_in_the_processes_that_train(tied, processes):
 def test_weights_of_an_architecture_arrive_by_both_ways(kind):
     ended = subprocess.run(
         [sys.executable, "-m", "tests.vllm_weights", kind],
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]

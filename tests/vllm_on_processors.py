@@ -15,7 +15,12 @@ from torch.nn import functional
 
 import stages.ppo
 
-QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+PROCESSORS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""The environment of vLLM here: a GB of cache, every core, and no process of its own."""
 
 
 def unpacked(layer: Any, **_: Any) -> None:
@@ -25,7 +30,7 @@ def unpacked(layer: Any, **_: Any) -> None:
 
 def main(*words: str) -> int:
     """Returns the exit code of the stage."""
-    os.environ |= QUIET
+    os.environ |= PROCESSORS
     from vllm.model_executor.layers import utils
 
     with (

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.ppo.vllm_engines import checkpoint_weights, write_weights
-from tests.vllm_on_processors import QUIET, unpacked
+from tests.vllm_on_processors import PROCESSORS, unpacked
 
 SIZES = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -60,14 +60,17 @@ def distance(llm: Any, wanted: Any) -> float:
 
 def main(kind: str) -> None:
     """Prints the distances as JSON."""
-    os.environ |= QUIET
+    os.environ |= PROCESSORS
     from vllm import LLM
     from vllm.model_executor.layers import utils
 
-    folder = Path(tempfile.mkdtemp())
     first, served, colocated = (model(kind, seed=seed) for seed in range(3))
-    first.save_pretrained(folder)
-    with mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", unpacked):
+    with (
+        tempfile.TemporaryDirectory() as made,
+        mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", unpacked),
+    ):
+        folder = Path(made)
+        first.save_pretrained(folder)
         llm = LLM(
             str(folder), dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
             max_model_len=64, logprobs_mode="processed_logprobs", seed=0,

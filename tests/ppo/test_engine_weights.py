@@ -10,7 +10,7 @@ from pipeline.ppo.vllm_engines import check_nothing_stays_packed, write_weights
 
 
 def test_experts_are_handed_over_as_a_saved_model_names_them(tmp_path):
-    """In memory all of a layer lie in one tensor, under a name that vLLM does not know."""
+    """In memory all of a layer lie in one tensor, under a name of memory alone."""
     policy = tiny_experts()
     policy.save_pretrained(tmp_path / "saved")
     write_weights(policy, tmp_path / "w", precision="fp32")

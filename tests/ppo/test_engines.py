@@ -17,11 +17,7 @@ from pipeline.ppo.passes import Crew, Job, Microbatch
 from pipeline.ppo.rollout import ENGINE_LOGPROBS, Sampled, generate
 from pipeline.ppo.settings import KL, Optimisation
 from pipeline.ppo.sharing import whole_weights
-from pipeline.ppo.vllm_engines import (
-    ColocatedEngine,
-    ServerEngine,
-    check_engine_is_there,
-)
+from pipeline.ppo.vllm_engines import ColocatedEngine, ServerEngine, check_engine_is_there
 from stages.ppo import Config
 from tests.ppo.fake_vllm import FakeServer, write_package
 from tests.ppo.worlds import EOS, PAD, TARGET, disturb, parents, trainer, weights
