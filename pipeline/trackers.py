@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ class WandB:
         run = self._tracker.run
         offline, folder = run.offline, Path(run.dir).parents[1]
         self._tracker.finish()
-        upload = f"wandb sync {folder}/*-{run.id}"
+        upload = f"{_program('wandb')} sync {folder}/*-{run.id}"
         return f"wandb was offline; to upload this run: {upload}" if offline else ""
 
 
@@ -174,8 +175,8 @@ class Trackio:
         with _quiet():
             self._tracker.finish()
             trackio.finish()  # else it ends the run once more when the process does, and prints
-        folder = os.environ["TRACKIO_DIR"]
-        return f"to see it: TRACKIO_DIR={folder} trackio show --project {self._project}"
+        show = f"{_program('trackio')} show --project {self._project}"
+        return f"to see it: TRACKIO_DIR={os.environ['TRACKIO_DIR']} {show}"
 
 
 class TensorBoard:
@@ -210,7 +211,7 @@ class TensorBoard:
     def finish(self) -> str:
         """Ends the run; returns how to look at it."""
         self._tracker.finish()
-        return f"to see it: tensorboard --logdir {self._folder}"
+        return f"to see it: {_program('tensorboard')} --logdir {self._folder}"
 
 
 BOARDS: dict[str, Callable[[TrackedRun], Board]] = {
@@ -269,6 +270,11 @@ def _go_offline(error: Exception, *, must: bool) -> None:
 
     wandb.teardown()  # its session holds the run's id, and read the environment when it began
     os.environ["WANDB_MODE"] = "offline"
+
+
+def _program(name: str) -> str:
+    """Returns what a shell calls a tracker's program by, also where no venv is activated."""
+    return name if shutil.which(name) else str(Path(sys.executable).with_name(name))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,9 +37,6 @@ class FakeRun:
     def save(self, path, base_path, policy):
         self.saved.append(Path(path).read_text())
 
-    def log_artifact(self, path, name, type):  # noqa: A002
-        self.saved.append(Path(path).read_text())
-
 
 class FakeTracker:
     """Stands in for Accelerate's trackers; remembers what it was told."""
@@ -72,11 +68,10 @@ def sessions(tmp_path, monkeypatch):
     """The sessions of fake trackers without a key, in a checkout of a test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "TRACKIO_DIR"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT"):
         monkeypatch.setenv(name, "")  # so that what the code sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(accelerate.tracking, "WandBTracker", FakeTracker)
-    monkeypatch.setattr(accelerate.tracking, "TrackioTracker", FakeTracker)
     monkeypatch.setattr(wandb, "Table", lambda columns, data: (columns, data))
     FakeTracker.sessions, FakeTracker.failing = [], []
     return FakeTracker.sessions
@@ -205,30 +200,13 @@ def test_a_server_that_does_not_answer_stops_wandb_and_not_auto(sessions, monkey
         session(3, stop=9, force=True, tracking="wandb")
 
 
-def test_trackio_gets_the_same(sessions, monkeypatch, caplog):
-    module = types.ModuleType("trackio")
-    module.Table = lambda columns, data: (columns, data)
-    module.finish = lambda: None
-    module.__spec__ = types.SimpleNamespace(name="trackio")
-    monkeypatch.setitem(sys.modules, "trackio", module)
-    killed(6, stop=3, tracking="trackio")
-    with caplog.at_level("INFO"):
-        session(6, stop=9, tracking="trackio")
-    first, second = sessions
-    assert first.settings["name"] == second.settings["name"]
-    assert second.settings["private"]
-    assert steps_of(first, "train/loss") + steps_of(second, "train/loss") == [1, 2, 3, 4, 5, 6]
-    assert steps_of(second, "samples") == [4]
-    assert second.run.saved == [Path("runs/cpu/sft/manifest.json").read_text()]
-    folder = Path("runs/cpu/trackio").absolute()
-    assert f"to see it: TRACKIO_DIR={folder} trackio show --project rlhf-pipeline" in caplog.text
-
-
 def test_tensorboard_reads_back_what_was_sent(caplog):
     killed(6, stop=3, tracking="tensorboard")
     with caplog.at_level("INFO"):
         session(6, stop=9, tracking="tensorboard")
-    assert "to see it: tensorboard --logdir runs/cpu/tensorboard" in caplog.text
+    line = next(one for one in caplog.messages if "tensorboard --logdir runs/cpu/ten" in one)
+    program = line.removeprefix("to see it: ").split()[0]
+    assert program == "tensorboard" or Path(program).is_file()  # where no venv is activated
     [folder] = Path("runs/cpu/tensorboard").iterdir()
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
     assert [one.step for one in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
