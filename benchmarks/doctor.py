@@ -130,6 +130,7 @@ def words_of(case: Case) -> list[str]:
 
 def predict(case: Case, root: Path) -> dict[str, float]:
     """Returns what the doctor says that the stage's process takes, in MB, and seconds."""
+    from pipeline.doctor.lengths import lengths_of
     from pipeline.doctor.machine import this_machine
     from pipeline.doctor.needs import Planner
     from stages.doctor import Config, recipe_of
@@ -137,7 +138,12 @@ def predict(case: Case, root: Path) -> dict[str, float]:
     config = Config(recipe="smoke", run=str(root), words=tuple(words_of(case)))
     recipe, machine = recipe_of(config), this_machine(1)
     blueprint = recipe.blueprint(packs=True)
-    planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking)
+    planner = Planner(
+        blueprint=blueprint,
+        machine=machine,
+        ranking=recipe.ranking,
+        lengths=lengths_of(recipe),
+    )
     need = planner.need(case.stage, recipe.configs)
     sys.stderr.write(f"{case.name}: {need.peak}, base {need.base / 1e6:.0f} MB\n")
     return {"predicted": need.total / 1e6, "predicted_seconds": need.seconds}

@@ -1,6 +1,7 @@
 """The errors a user can mend."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 LONGEST = 1000
@@ -34,6 +35,11 @@ def first_line(error: BaseException) -> str:
     """Returns the first line of what an exception says, or its name where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def installing(extra: str) -> str:
+    """Returns the command that installs an extra of the pipeline's where it runs."""
+    return f"{sys.executable} -m pip install -c constraints.txt -e '.[{extra}]'"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import require
+from pipeline.errors import installing
 from pipeline.manifest import mending_command
 from pipeline.storage import read_json, write_json
 from pipeline.streams import stream
@@ -75,7 +76,8 @@ def quantisation(
         return None
     require(
         importlib.util.find_spec("bitsandbytes") is not None,
-        f"{setting}: {wanted} needs bitsandbytes, which is missing; set it to {otherwise}",
+        f"{setting}: {wanted} needs bitsandbytes, which is missing; set it to {otherwise}, or run: "
+        f"{installing('qlora')}",
     )
     import torch
     from transformers import BitsAndBytesConfig

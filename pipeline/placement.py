@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.distributed import USE_CPU, num_cores
-from pipeline.errors import UserError, told
+from pipeline.errors import UserError, installing, told
 
 MACHINES = ("NUM_MACHINES", "SLURM_NNODES")
 MACHINE = ("MACHINE_RANK", "SLURM_NODEID")
@@ -174,8 +174,8 @@ def _refuse_without_deepspeed(path: Path) -> None:
     if not is_deepspeed_available():
         raise UserError(
             f"{path} asks for DeepSpeed, which is not installed. Run: "
-            "pip install -c constraints.txt deepspeed; or use configs/accelerate/fsdp2.yaml, which "
-            "needs torch alone"
+            f"{installing('deepspeed')}; or use configs/accelerate/fsdp2.yaml, which needs torch "
+            "alone"
         )
 
 

@@ -7,13 +7,12 @@ file beside its lock, as they do again, to the same figures, what came after the
 import importlib.util
 import logging
 import secrets
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TRACKERS, StageConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, installing
 from pipeline.points import LOGS
 from pipeline.shapes import each, holds, is_text, is_whole, mapping
 from pipeline.storage import read_json, write_json
@@ -151,7 +150,4 @@ def rows_in(path: Path) -> int:
 def _require_installed(name: str) -> None:
     module = TRACKERS[name]
     if importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"tracking: {module} is not installed. Run: {sys.executable} -m pip install "
-            f"-c constraints.txt -e '.[{module}]'"
-        )
+        raise UserError(f"tracking: {module} is not installed. Run: {installing(module)}")

@@ -151,13 +151,15 @@ def parse(argv: Sequence[str] | None) -> Config:
 def run(config: Config) -> int:
     """Prints what the recipe takes and what is wrong; returns 0 when all is well, else 1."""
     from pipeline.doctor.checks import examine
+    from pipeline.doctor.lengths import lengths_of
     from pipeline.doctor.mending import mend
     from pipeline.doctor.needs import Planner
     from pipeline.doctor.text import told
 
     recipe, machine = recipe_of(config), machine_of(config)
     blueprint = recipe.blueprint(packs=not machine.is_gpu)
-    planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking)
+    lengths = lengths_of(recipe)
+    planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking, lengths=lengths)
     needs = [planner.need(s, recipe.configs) for s in MODELS if s in recipe.configs]
 
     def mended(need: "Need") -> str:
@@ -168,7 +170,7 @@ def run(config: Config) -> int:
 
     mending = {need.stage: mended(need) for need in needs if not need.fits}
     findings = examine(recipe, machine, needs, copy=planner.copy_bytes)
-    sys.stdout.write(told(recipe, machine, needs=needs, findings=findings, mending=mending) + "\n")
+    sys.stdout.write(told(recipe, planner, needs=needs, findings=findings, mending=mending) + "\n")
     return int(bool(mending) or any(finding.state == "wrong" for finding in findings))
 
 

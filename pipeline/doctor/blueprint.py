@@ -157,6 +157,7 @@ def roles_of(
     loras: tuple[LoRA, LoRA],
     critic: bool,
     recomputes: bool = False,
+    narrow: bool = False,
 ) -> Roles:
     """Returns the four roles as `pipeline.ppo.loading` loads them, without contents.
 
@@ -167,20 +168,22 @@ def roles_of(
             model's and the critic's, where roles is lora.
         critic: whether there is a value model.
         recomputes: whether layers of what is trained are computed again on the way back.
+        narrow: whether separate roles are of bfloat16.
     """
     if roles == "lora":
         found = _on_one_base(blueprint, loras, critic=critic)
         if recomputes:
             recompute(found.policy.base.model)
         return found
-    policy, reference = (blueprint.reader(blueprint.causal_lm()) for _ in range(2))
-    reward_model = blueprint.reader(blueprint.classifier()).requires_grad_(False)
+    width = torch.bfloat16 if narrow else torch.float32
+    policy, reference = (blueprint.reader(blueprint.causal_lm().to(width)) for _ in range(2))
+    reward_model = blueprint.reader(blueprint.classifier().to(width)).requires_grad_(False)
     value: Any = None
     if critic and roles == "trunk":
         with made_up():
             value = TrunkValue(policy)
     elif critic:
-        value = blueprint.reader(blueprint.classifier())
+        value = blueprint.reader(blueprint.classifier().to(width))
     if recomputes:
         for model in (policy, *([value] if critic and roles == "separate" else [])):
             recompute(model)

@@ -16,7 +16,7 @@ from pipeline.doctor.dividing import asked, refuses, shares_base
 from pipeline.doctor.machine import Machine
 from pipeline.doctor.need import Need
 from pipeline.doctor.recipe import Recipe
-from pipeline.errors import UserError
+from pipeline.errors import UserError, installing
 from pipeline.ppo.settings import Source
 from pipeline.ppo.sources import reading_at
 from pipeline.ppo.wanted import check_sharding
@@ -256,10 +256,11 @@ def libraries(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     yield Finding("wrong" if other else "good", text)
     settings = [getattr(config, "lora", config) for config in recipe.configs.values()]
     four_bit = any(getattr(one, "quantise", "none") == "4bit" for one in settings)
-    needed = {"bitsandbytes": four_bit, "deepspeed": machine.sharding.kind.startswith("zero")}
-    for name in [name for name, is_needed in needed.items() if is_needed]:
+    by_zero = machine.sharding.kind.startswith("zero")
+    wanted = (("bitsandbytes", "qlora", four_bit), ("deepspeed", "deepspeed", by_zero))
+    for name, extra in [(name, extra) for name, extra, is_wanted in wanted if is_wanted]:
         if importlib.util.find_spec(name) is None:
-            yield Finding("wrong", f"{name} is not installed. Run: pip install {name}")
+            yield Finding("wrong", f"{name} is not installed. Run: {installing(extra)}")
 
 
 def tracking(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.doctor.holding import BACKWARD
 from pipeline.doctor.machine import Machine, Sharding
-from pipeline.doctor.seen import Moment, Rehearsal
+from pipeline.doctor.seen import Moment, Rehearsal, Role
 
 BUCKET = 5 * 10**8
 """Gradients that DeepSpeed lays end to end before it adds them up (its reduce_bucket_size)."""
@@ -89,6 +90,10 @@ def in_parts(rehearsal: Rehearsal, *, kind: str, narrow: bool) -> Rehearsal:
         weights=rehearsal.weights * (1 if zero else width),
         gradients=rehearsal.gradients * (1 if zero else width),
         optimizer=rehearsal.optimizer * width + masters,
+        roles={
+            name: Role(weights=width * role.weights, trained=width * role.trained)
+            for name, role in rehearsal.roles.items()
+        },
     )
     if kind == "zero3":
         live = min(rehearsal.weights, LIVE * 4 / width)
@@ -110,5 +115,5 @@ def in_parts(rehearsal: Rehearsal, *, kind: str, narrow: bool) -> Rehearsal:
 
 def _held(rehearsal: Rehearsal, name: str) -> float:
     """Returns the bytes that are held throughout a moment; none of them is work."""
-    gradients = rehearsal.gradients if name in ("pass", "step") else 0.0
+    gradients = rehearsal.gradients if name in (*BACKWARD, "step") else 0.0
     return rehearsal.weights + rehearsal.optimizer + gradients

@@ -50,6 +50,15 @@ class Rates:
     bandwidth: float
     call_seconds: float = LAUNCH_SECONDS
 
+    def times(self, share: float) -> "Rates":
+        """Returns the rates of a share of the threads."""
+        return replace(
+            self,
+            fp32_flops=share * self.fp32_flops,
+            bf16_flops=share * self.bf16_flops,
+            bandwidth=share * self.bandwidth,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
@@ -120,6 +129,7 @@ class Machine:
         is_gpu: whether devices are GPUs.
         is_here: whether it is this machine.
         sharding: of the models.
+        threads: of a processor that compute for a process, at most; the rates are of so many.
     """
 
     name: str
@@ -129,6 +139,13 @@ class Machine:
     is_gpu: bool
     is_here: bool = False
     sharding: Sharding = field(default_factory=Sharding)
+    threads: int = 1
+
+    def computing(self, threads: int) -> "Machine":
+        """Returns the machine as a stage uses it that is told a number of threads; 0: all."""
+        if self.is_gpu or not 0 < threads < self.threads:
+            return self
+        return replace(self, threads=threads, rates=self.rates.times(threads / self.threads))
 
     @property
     def room(self) -> float:
@@ -228,11 +245,13 @@ def this_machine(processes: int, *, on_gpus: bool = True, sharding: Sharding = W
         )
         found = gpus("", processes=processes, memory=memory, sharding=sharding)
         return replace(found, is_here=True)
+    threads = max(1, num_cores() // processes)
     return Machine(
         name=f"this machine's processor, {num_cores()} cores",
         processes=processes,
         memory=psutil.virtual_memory().total,
-        rates=measured_rates(max(1, num_cores() // processes)),
+        rates=measured_rates(threads),
+        threads=threads,
         is_gpu=False,
         is_here=True,
         sharding=sharding,

@@ -13,6 +13,8 @@ from pipeline.distributed import num_cores
 from pipeline.doctor.blueprint import Blueprint
 from pipeline.doctor.dividing import divided, in_parts, shares_base
 from pipeline.doctor.evaluating import rehearse_policies, rehearse_pretrained, rehearse_scoring
+from pipeline.doctor.holding import REPLYING, held_at, peak_of
+from pipeline.doctor.lengths import UNKNOWN, Lengths
 from pipeline.doctor.machine import CPU_SLACK, GB, GPU_CONTEXT, GPU_SLACK, Machine
 from pipeline.doctor.need import Need, Peak
 from pipeline.doctor.rehearsal import (
@@ -27,7 +29,8 @@ from pipeline.doctor.rehearsal import (
     training_rows,
 )
 from pipeline.doctor.scaling import Act, Scaling, of_replies
-from pipeline.doctor.seen import Rehearsal, reply_seconds
+from pipeline.doctor.seen import Rehearsal
+from pipeline.doctor.timing import run_seconds, step_seconds, update_seconds
 from pipeline.doctor.ways import on_processor
 from pipeline.lora import LoRA
 from pipeline.models import choose_precision
@@ -39,7 +42,6 @@ LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60
 """GB of a process that has loaded a stage's libraries and read some rows: what stages of the smoke
 recipe take, whose models weigh kilobytes (`make RECIPE=smoke`, the manifests' peak_memory_gib)."""
 NO_LORA = LoRA()
-REPLYING = ("prefill", "first token", "last token")
 PROMPT_SHARE = 0.25
 """Share of a text that is taken for its prompt, where settings bound both together."""
 
@@ -52,11 +54,13 @@ class Planner:
         blueprint: of the recipe's language models.
         machine: what they run on.
         ranking: texts of a row of the reward stage.
+        lengths: of the run's rows, which time goes by.
     """
 
     blueprint: Blueprint
     machine: Machine
     ranking: int
+    lengths: Lengths = UNKNOWN
 
     def need(self, stage: str, configs: Mapping[str, Any]) -> Need:
         """Returns what a stage needs with these settings of it and of the others.
@@ -65,7 +69,7 @@ class Planner:
             UserError: ppo is to read an adapter that reward does not train.
         """
         config = configs[stage]
-        machine = divided(self.machine, stage, configs)
+        machine = divided(self.machine, stage, configs).computing(config.threads)
         if machine != self.machine:
             return replace(self, machine=machine).need(stage, configs)
         if stage == "pretrain" and config.take_as_is:
@@ -112,7 +116,7 @@ class Planner:
             length=length,
         )
         seconds = rehearsal.moments["validation"].seconds
-        peaks = [self._peak(rehearsal, "validation")]
+        peaks = [peak_of(self.machine, rehearsal, "validation")]
         return self._most("pretrain", peaks, seconds=seconds, unit="batch")
 
     def _language_model(self, stage: str, config: Any) -> Need:
@@ -131,10 +135,11 @@ class Planner:
             rows=config.training.microbatch_size,
             length=length,
         )
-        return self._trained(stage, rehearsal, config)
+        return self._trained(stage, rehearsal, config, allowed=length)
 
     def _reward(self, config: Any, stage: str) -> Need:
         texts, length = self.ranking, config.max_length
+        prompt, packed = max(1, int(PROMPT_SHARE * length)), config.pack and not config.init_from
         rehearsal = self.rehearse(
             lambda blueprint, ledger, rows: rehearse_reward(
                 blueprint,
@@ -144,9 +149,9 @@ class Planner:
                 batch=rankings(
                     rows=rows,
                     texts=texts,
-                    prompt=max(1, int(PROMPT_SHARE * length)),
+                    prompt=prompt,
                     length=length,
-                    packed=config.pack and not config.init_from,
+                    packed=packed,
                 ),
                 dropout=config.dropout,
                 passes=self._passes(config),
@@ -154,7 +159,9 @@ class Planner:
             rows=config.training.microbatch_size,
             length=texts * length,
         )
-        return self._trained(stage, rehearsal, config, self._constants(config))
+        allowed = texts * length - (texts - 1) * prompt * packed  # packed texts share a prompt
+        constants = self._constants(config)
+        return self._trained(stage, rehearsal, config, constants, allowed=allowed)
 
     def _ppo(self, config: Any, reward: Any) -> Need:
         require(
@@ -162,13 +169,13 @@ class Planner:
             "ppo: roles lora reads the reward model's adapter, and reward trains none. Set "
             "reward.lora.rank above 0, or roles to separate",
         )
-        share = math.ceil(config.prompts_per_update / self.machine.processes)
-        workers = self._workers(config)
+        asked = max(config.prompts_per_update, config.validation_prompts)
+        share = math.ceil(asked / self.machine.processes)
+        sharding, workers = self.machine.sharding, self._workers(config)
         rows = min(MOST_ROWS, math.ceil(share / workers))
         mine = math.ceil(config.minibatch_size / self.machine.processes)
         micro = min(config.microbatch_size, mine)
-        micros = math.ceil(mine / micro)
-        passes = min(2, micros)
+        passes = min(2, math.ceil(mine / micro))
         settings = replace(
             config.settings(torch.device("cpu")),
             precision=self.precision(config.precision),
@@ -196,19 +203,21 @@ class Planner:
                 loras=(config.lora, reward.lora),
                 replies=replies,
                 recomputes=config.activation_checkpointing,
-                copies=self.machine.sharding.divides_weights,
+                divided=sharding.divides_weights,
             ),
             rows=micro,
             length=passes * config.longest,
         )
+        narrow = sharding.divides_weights and settings.precision == "bf16"
+        rehearsal = in_parts(rehearsal, kind=sharding.kind, narrow=narrow)
         peaks = list(self._updating(rehearsal, config))
-        moments = rehearsal.moments
-        steps = config.optimisation.epochs * config.prompts_per_update // config.minibatch_size
-        one_pass = moments["optimise"].seconds / passes
-        seconds = (
-            math.ceil(share / rows) * reply_seconds(moments, tokens=replies.response)
-            + math.ceil(share / micro) * moments["measure"].seconds / passes
-            + steps * (micros * one_pass + moments["step"].seconds)
+        seconds = update_seconds(
+            rehearsal.moments,
+            config,
+            self.lengths,
+            processes=self.machine.processes,
+            batch=rows,
+            passes=passes,
         )
         return replace(
             self._most("ppo", peaks, seconds=seconds, unit="update"),
@@ -224,22 +233,24 @@ class Planner:
         by_vllm = engine.gpu_memory_frac * self.machine.memory
         if engine.name == "vllm_colocate":
             extra = beside + by_vllm
-            yield self._held(rehearsal, "replies by vLLM", gradients=False, extra=extra)
+            yield held_at(self.machine, rehearsal, "replies by vLLM", gradients=False, extra=extra)
             beside += 0 if engine.sleep else by_vllm
         if engine.name == "native":
             for name in REPLYING:
-                yield self._peak(rehearsal, name, workers=workers, extra=beside)
-        yield self._peak(rehearsal, "measure", workers=workers, extra=beside)
+                yield peak_of(self.machine, rehearsal, name, workers=workers, extra=beside)
+        yield peak_of(self.machine, rehearsal, "measure", workers=workers, extra=beside)
         for name in ("optimise", "step"):
-            yield self._peak(rehearsal, name, gradients=True, workers=workers, extra=beside)
-        yield self._peak(rehearsal, "text", extra=beside)
+            yield peak_of(
+                self.machine, rehearsal, name, gradients=True, workers=workers, extra=beside
+            )
+        yield peak_of(self.machine, rehearsal, "text", extra=beside)
         together = self.machine.processes > 1 and not self.machine.sharding.divides_state
         if together:  # a role's gradients in a row, and their sum
             largest = max(role.trained for role in rehearsal.roles.values())
-            yield self._held(rehearsal, "reduce gradients", extra=beside + 2 * largest)
+            yield held_at(self.machine, rehearsal, "reduce gradients", extra=beside + 2 * largest)
         if config.roles == "lora" and not self.machine.is_gpu:
             extra = beside + self.copy_bytes
-            yield self._held(rehearsal, "save merged", gradients=False, extra=extra)
+            yield held_at(self.machine, rehearsal, "save merged", gradients=False, extra=extra)
 
     def _evaluate(self, config: Any, configs: Mapping[str, Any]) -> Need:
         ppo, shared = configs["ppo"], config.on_one_base and shares_base(configs)
@@ -260,17 +271,18 @@ class Planner:
         ]
         workers = self._workers(config)
         peaks = [
-            self._peak(rehearsal, name, workers=1 if shared and name == "divergence" else workers)
+            peak_of(
+                self.machine,
+                rehearsal,
+                name,
+                workers=1 if shared and name == "divergence" else workers,
+            )
             for rehearsal in one_after_the_other
             for name in rehearsal.moments
         ]
         moments = {k: v for rehearsal in one_after_the_other for k, v in rehearsal.moments.items()}
-        drawn = len(config.draw_rows) * max(config.best_of.sizes, default=0)
-        batches = config.num_prompts / config.batch_size / self.machine.processes
-        more = drawn / config.batch_size / self.machine.processes
-        reply = reply_seconds(moments, tokens=replies.response) + moments["scores"].seconds
-        reading = moments["divergence"].seconds + 2 * moments["likelihood"].seconds
-        seconds = (2 * batches + more) * reply + batches * reading
+        processes = self.machine.processes
+        seconds = run_seconds(moments, config, ppo, self.lengths, processes=processes)
         return replace(self._most("evaluate", peaks, seconds=seconds, unit="run"), units=1)
 
     def _workers(self, config: Any) -> int:
@@ -291,13 +303,31 @@ class Planner:
             all_logits=sharding.kind == "zero3",
         )
 
-    def _trained(self, stage: str, rehearsal: Rehearsal, config: Any, *more: Peak) -> Need:
-        """Returns the need of a stage that trains one model, at these peaks or at more."""
+    def _trained(
+        self, stage: str, rehearsal: Rehearsal, config: Any, *more: Peak, allowed: int
+    ) -> Need:
+        """Returns the need of a stage that trains one model, with rows of so many tokens at most.
+
+        It is that of the moment that takes most, or of what comes beside.
+        """
         narrow = self._passes(config).narrow
         parts = in_parts(rehearsal, kind=self.machine.sharding.kind, narrow=narrow)
-        peaks = [self._peak(parts, "validation"), *self._training(parts, config.training), *more]
-        need = self._steps(stage, rehearsal, config.training, peaks)
-        return replace(need, trained=need.trained * (2 if narrow else 1))  # points hold float32
+        peaks = [
+            peak_of(self.machine, parts, "validation"),
+            *self._training(parts, config.training),
+            *more,
+        ]
+        seconds = step_seconds(
+            rehearsal.moments,
+            config.training,
+            processes=self.machine.processes,
+            share=self.lengths.row_share(stage, allowed),
+        )
+        return replace(
+            self._most(stage, peaks, seconds=seconds, unit="step"),
+            units=config.training.steps,
+            trained=rehearsal.gradients * (2 if narrow else 1),  # points hold float32
+        )
 
     def _adds_up(self, training: Any) -> bool:
         """Whether gradients of other passes are there, or count as such since they are divided."""
@@ -309,8 +339,8 @@ class Planner:
         buckets = 0.0
         if self.machine.processes > 1 and not self.machine.sharding.divides_state:
             buckets = rehearsal.gradients  # of DistributedDataParallel
-        yield self._peak(rehearsal, "pass", gradients=adds_up, extra=buckets)
-        yield self._peak(rehearsal, "step", gradients=True, extra=buckets)
+        yield peak_of(self.machine, rehearsal, "pass", gradients=adds_up, extra=buckets)
+        yield peak_of(self.machine, rehearsal, "step", gradients=True, extra=buckets)
 
     def _constants(self, config: Any) -> Peak:
         """The SFT model replies before the reward model is there, to normalise its scores."""
@@ -328,67 +358,6 @@ class Planner:
         name = max(REPLYING, key=lambda name: spoken.moments[name].most)
         working = spoken.moments[name].most - spoken.weights
         return Peak(moment=f"normalise, {name}", weights=spoken.weights, working=working)
-
-    def _peak(
-        self,
-        rehearsal: Rehearsal,
-        name: str,
-        *,
-        gradients: bool = False,
-        workers: int = 1,
-        extra: float = 0.0,
-    ) -> Peak:
-        """Returns what a moment takes of a device.
-
-        Args:
-            rehearsal: of the stage.
-            name: of the moment.
-            gradients: whether all gradients are held while it lasts.
-            workers: passes side by side, each with gradients of its own.
-            extra: bytes beside it.
-        """
-        held = rehearsal.weights + rehearsal.optimizer + gradients * rehearsal.gradients
-        working = max(0.0, rehearsal.moments[name].most - held)
-        if name == "step":
-            working *= self._state_share
-        once = rehearsal.shared if name in REPLYING else 0.0
-        extra += once + workers * (working - once) + gradients * (workers - 1) * rehearsal.gradients
-        return self._held(rehearsal, name, gradients=gradients, extra=extra)
-
-    def _held(
-        self, rehearsal: Rehearsal, name: str, *, gradients: bool = True, extra: float
-    ) -> Peak:
-        """Returns what is held throughout, divided as the machine says, and what comes on top.
-
-        A divided policy replies as a copy, which gathers nothing (`Sharded.whole`).
-        """
-        sharding, state = self.machine.sharding, self._state_share
-        weights, gathered = rehearsal.weights, 0.0
-        if sharding.divides_weights:
-            weights = 0.0 if sharding.offload_weights else weights / self.machine.processes
-            gathered = rehearsal.gathered * (name not in ("step", *REPLYING))
-        return Peak(
-            moment=name,
-            weights=weights,
-            gradients=gradients * rehearsal.gradients * state,
-            optimizer=rehearsal.optimizer * state,
-            working=extra + gathered,
-        )
-
-    @property
-    def _state_share(self) -> float:
-        """Share of gradients and moments that a device holds and works on."""
-        sharding = self.machine.sharding
-        if sharding.offload_optimizer:
-            return 0.0
-        return 1 / self.machine.processes if sharding.divides_state else 1.0
-
-    def _steps(self, stage: str, rehearsal: Rehearsal, training: Any, peaks: list[Peak]) -> Need:
-        passes = training.minibatch_size / training.microbatch_size / self.machine.processes
-        moments = rehearsal.moments
-        seconds = passes * moments["pass"].seconds + moments["step"].seconds
-        need = self._most(stage, peaks, seconds=seconds, unit="step")
-        return replace(need, units=training.steps, trained=rehearsal.gradients)
 
     def _most(self, stage: str, peaks: list[Peak], *, seconds: float, unit: str) -> Need:
         peak = max(peaks, key=lambda one: one.live)

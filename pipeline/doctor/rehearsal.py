@@ -297,7 +297,7 @@ def rehearse_ppo(
     loras: tuple[LoRA, LoRA],
     replies: Replies,
     recomputes: bool = False,
-    copies: bool = False,
+    divided: bool = False,
 ) -> Rehearsal:
     """Returns what an update of ppo does: it replies, measures, scores, and optimises.
 
@@ -309,10 +309,14 @@ def rehearse_ppo(
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
         recomputes: whether layers of what is trained are computed again on the way back.
-        copies: whether a copy of the policy replies, as where it is divided.
+        divided: whether roles are divided: a copy of the policy replies, and in bf16 weights are
+            bfloat16 where they are read, with none in float32 beside them.
     """
     critic = settings.advantage.needs_value_model
-    four = roles_of(blueprint, roles=roles, loras=loras, critic=critic, recomputes=recomputes)
+    narrow = divided and settings.precision == "bf16"
+    four = roles_of(
+        blueprint, roles=roles, loras=loras, critic=critic, recomputes=recomputes, narrow=narrow
+    )
     named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
     stage = Stage(ledger, {name: role for name, role in named if role is not None})
     size = settings.minibatch_size
@@ -327,7 +331,7 @@ def rehearse_ppo(
         text=text if settings.optimisation.ptx_coef > 0 else None,
     )
     optimizers = trainer.optimiser.optimizers.values()
-    replying = _copied(blueprint, precision=settings.precision) if copies else four.policy
+    replying = _copied(blueprint, precision=settings.precision) if divided else four.policy
     prompts, responses = [[WORD] * replies.prompt] * size, [[WORD] * replies.response] * size
     unknown = [torch.zeros(replies.response)] * size
     sampled = Sampled(responses, {"logprobs": unknown, "entropy": unknown})

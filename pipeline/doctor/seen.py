@@ -101,12 +101,6 @@ class Rehearsal:
         )
 
 
-def reply_seconds(moments: Mapping[str, Moment], *, tokens: int) -> float:
-    """Returns what a batch of replies takes; a token's step grows evenly with what it reads."""
-    step = (moments["first token"].seconds + moments["last token"].seconds) / 2
-    return moments["prefill"].seconds + (tokens - 1) * step
-
-
 class Stage:
     """A stage's work on models of a blueprint, under a ledger."""
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from pipeline.doctor.checks import Finding
-from pipeline.doctor.machine import GB, Machine
+from pipeline.doctor.lengths import UNKNOWN, Lengths
+from pipeline.doctor.machine import GB
 from pipeline.doctor.need import Need
+from pipeline.doctor.needs import Planner
 from pipeline.doctor.recipe import Recipe
 
 SIGNS = {"good": "ok", "wrong": "NO", "unknown": "--"}
@@ -13,7 +15,7 @@ COLUMNS = ("stage", "weights", "gradients", "optimizer", "working", "base", "tot
 
 def told(
     recipe: Recipe,
-    machine: Machine,
+    planner: Planner,
     *,
     needs: Sequence[Need],
     findings: Sequence[Finding],
@@ -23,11 +25,12 @@ def told(
 
     Args:
         recipe: that was looked at.
-        machine: that it is to run on.
+        planner: that says what it needs, of its machine and of its rows' lengths.
         needs: of its stages.
         findings: of the checks.
         mending: what makes a stage fit, by stage.
     """
+    machine, lengths = planner.machine, planner.lengths
     shared = (
         f", models divided by {machine.sharding.kind}" if machine.sharding.kind != "none" else ""
     )
@@ -39,7 +42,7 @@ def told(
             [COLUMNS, *(_row(need) for need in needs)], last=[need.peak.moment for need in needs]
         ),
         "",
-        "Time, estimated: every row as long as it may be, no communication, no loading:",
+        f"Time, estimated, without communication and loading, {_lengths(lengths)}:",
         *(_time(need) for need in needs),
     ]
     for need in needs:
@@ -48,6 +51,14 @@ def told(
     lines += ["", *(f"{SIGNS[found.state]}  {found.text}" for found in findings)]
     lines += [f"{SIGNS['wrong']}  {stage} does not fit; {what}" for stage, what in mending.items()]
     return "\n".join(lines)
+
+
+def _lengths(lengths: Lengths) -> str:
+    if lengths == UNKNOWN:
+        return "with every row as long as it may be (make tokenizer, and its rows are looked at)"
+    means = {**lengths.rows, "prompts": lengths.prompt, "replies": lengths.reply}
+    told = ", ".join(f"{name} {tokens:.0f}" for name, tokens in means.items() if tokens)
+    return f"with the run's rows (mean tokens: {told})"
 
 
 def _row(need: Need) -> tuple[str, ...]:
@@ -75,13 +86,14 @@ def _table(rows: Sequence[Sequence[str]], *, last: Sequence[str] = ()) -> list[s
 
 def _time(need: Need) -> str:
     whole = f", {need.units} of them {_span(need.units * need.seconds)}" if need.units > 1 else ""
-    return f"{need.stage}: {_span(need.seconds)} a {need.unit}{whole}"
+    each = "an" if need.unit == "update" else "a"
+    return f"{need.stage}: {_span(need.seconds)} {each} {need.unit}{whole}"
 
 
 def _span(seconds: float) -> str:
     """Returns a time in the unit that suits it."""
     if seconds < 120:
-        return f"{seconds:.2g} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 

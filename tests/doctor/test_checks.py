@@ -1,5 +1,6 @@
 """What the doctor finds wrong beside sizes: every finding, good and bad."""
 
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -256,9 +257,10 @@ def test_libraries_that_settings_need_are_looked_for(monkeypatch):
     assert len(list(checks.libraries(of(), machine()))) == 1
     four_bit = of("--sft.lora.rank=4", "--sft.lora.quantise=4bit")
     found = list(checks.libraries(four_bit, machine(sharding=Sharding(kind="zero2"))))[1:]
+    install = f"{sys.executable} -m pip install -c constraints.txt"
     assert [one.text for one in found] == [
-        "bitsandbytes is not installed. Run: pip install bitsandbytes",
-        "deepspeed is not installed. Run: pip install deepspeed",
+        f"bitsandbytes is not installed. Run: {install} -e '.[qlora]'",
+        f"deepspeed is not installed. Run: {install} -e '.[deepspeed]'",
     ]
 
 

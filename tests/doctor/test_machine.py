@@ -78,6 +78,20 @@ def test_processes_share_a_processors_memory_and_not_gpus(monkeypatch):
     assert gpus("", processes=2, memory=0, sharding=Sharding()).room == 80e9
 
 
+def test_a_stage_of_fewer_threads_computes_at_their_share(monkeypatch):
+    rates = machine.Rates(fp32_flops=4e9, bf16_flops=8e9, bandwidth=2e9)
+    monkeypatch.setattr(machine, "measured_rates", lambda threads: rates)
+    monkeypatch.setattr(machine, "num_cores", lambda: 4)
+    here = machine.this_machine(1)
+    assert here.computing(0) == here.computing(4) == here.computing(9) == here
+    one = here.computing(1)
+    assert one.rates == machine.Rates(fp32_flops=1e9, bf16_flops=2e9, bandwidth=0.5e9)
+    assert one.computing(1) == one
+    assert machine.this_machine(2).computing(1).rates == rates.times(0.5)
+    there = gpus("", processes=1, memory=0, sharding=Sharding())
+    assert there.computing(1) == there
+
+
 def test_measured_rates_are_those_of_real_products():
     rates = machine.measured_rates(1)
     assert 1e8 < rates.fp32_flops < 1e14

@@ -8,11 +8,12 @@ import pytest
 from pipeline.doctor import needs, rehearsal
 from pipeline.doctor.blueprint import PACKED_BYTES, Blueprint
 from pipeline.doctor.dividing import BUCKET
+from pipeline.doctor.holding import REPLYING, peak_of
 from pipeline.doctor.machine import GPU_CONTEXT, GPU_SLACK, GPUS, Sharding, gpus, this_machine
 from pipeline.doctor.mending import changes
 from pipeline.doctor.need import Peak
-from pipeline.doctor.needs import REPLYING, Planner
-from pipeline.doctor.seen import Moment, Rehearsal, Role, reply_seconds
+from pipeline.doctor.needs import Planner
+from pipeline.doctor.seen import Moment, Rehearsal, Role
 from pipeline.errors import UserError
 from pipeline.lora import LoRA
 from pipeline.ppo.engine_settings import Engine
@@ -59,17 +60,20 @@ def test_whole_models_are_held_and_a_bucket_of_gradients_with_them():
 def test_what_is_divided_is_a_quarter_on_four():
     assert peak(planner(kind="zero2")) == (1000, 200, 400, 500)
     assert peak(planner(kind="zero3")) == (250, 200, 400, 800)  # 300 are gathered
-    assert peak(planner(kind="fsdp")) == (250, 200, 400, 800)
+    assert peak(planner(kind="fsdp")) == (250, 200, 400, 1100)  # and their gradients, whole
 
 
 def test_what_the_host_keeps_is_not_on_the_device():
     assert peak(planner(kind="zero3", offload_optimizer=True)) == (250, 0, 0, 800)
     everything = {"offload_weights": True, "offload_optimizer": True}
-    assert peak(planner(kind="fsdp", **everything)) == (0, 0, 0, 800)
+    assert peak(planner(kind="fsdp", **everything)) == (0, 0, 0, 1100)
 
 
 def test_a_step_takes_all_its_passes():
-    found = planner()._steps("sft", SEEN, TRAINING, [Peak(moment="pass", weights=1e9)])
+    seen = dataclasses.replace(SEEN, moments={**SEEN.moments, "validation": SEEN.moments["pass"]})
+    normalising = Peak(moment="normalise", weights=1e9)
+    config = SFTConfig(training=TRAINING)
+    found = planner()._trained("sft", seen, config, normalising, allowed=100)
     assert found.seconds == 64 / 2 / 4 * 2.0 + 0.5
     assert (found.unit, found.units) == ("step", 10)
     assert found.total == pytest.approx(1e9 * (1 + GPU_SLACK) + GPU_CONTEXT)
@@ -77,15 +81,15 @@ def test_a_step_takes_all_its_passes():
 
 
 def test_a_second_worker_holds_its_own_gradients_and_pass():
-    found = planner(processes=1)._peak(SEEN, "pass", gradients=True, workers=2)
+    found = peak_of(planner(processes=1).machine, SEEN, "pass", gradients=True, workers=2)
     assert found.working == 2 * 500 + 800
 
 
 def test_workers_that_reply_share_the_weights_that_they_read():
     moments = dict.fromkeys(("last token", "measure"), Moment(3200.0, 1.0, 0.0))
     seen = dataclasses.replace(SEEN, moments=moments, shared=400.0)
-    ours = planner(processes=1)
-    found = [ours._peak(seen, name, workers=2).working for name in moments]
+    machine = planner(processes=1).machine
+    found = [peak_of(machine, seen, name, workers=2).working for name in moments]
     assert found == [400 + 2 * 200, 2 * 600]  # 3200 - 1000 - 1600
 
 
@@ -97,14 +101,6 @@ def test_workers_are_not_side_by_side_where_models_are_divided():
     )
     config = PPOConfig(threads=2)
     assert (divided._workers(config), whole._workers(config)) == (1, 2)
-
-
-def test_replies_take_a_step_a_token():
-    moments = {
-        "prefill": Moment(0.0, 3.0, 0.0), "first token": Moment(0.0, 1.0, 0.0),
-        "last token": Moment(0.0, 2.0, 0.0),
-    }  # fmt: skip
-    assert reply_seconds(moments, tokens=11) == 3 + 10 * 1.5
 
 
 def tried(stage: str, configs, processes=1, **sharding) -> list[list[str]]:
@@ -244,7 +240,7 @@ def test_a_divided_policy_replies_as_a_whole_copy_on_every_device(moment):
 def test_divided_roles_are_gathered_layer_by_layer_to_be_read():
     divided = updating(kind="fsdp")
     assert divided["measure"] == divided["text"] == (1000, 0, 400, 1400 + 300)
-    assert divided["optimise"] == (1000, 200, 400, 800 + 300)
+    assert divided["optimise"] == (1000, 200, 400, 800 + 2 * 300)  # and their gradients
 
 
 def test_gradients_are_laid_end_to_end_where_they_are_not_divided():
@@ -318,6 +314,34 @@ def test_replies_of_divided_models_are_planned_with_the_copy():
     assert whole.peak.moment == divided.peak.moment == "last token"
     assert divided.peak.weights == whole.peak.weights / 4
     assert divided.peak.working - whole.peak.working == SMALL_COPY + SMALL_BUFFERS
+
+
+def test_divided_roles_in_bfloat16_are_held_in_float32_and_have_no_second_copy():
+    sizes = {"minibatch_size": 4, "microbatch_size": 1, "max_response_tokens": 200}
+    reward = {"reward": RewardConfig()}
+    wide, narrow = (
+        small_planner(kind="fsdp").need("ppo", reward | {"ppo": PPOConfig(precision=name, **sizes)})
+        for name in ("fp32", "bf16")
+    )
+    for held in ("weights", "optimizer"):
+        assert getattr(narrow.peak, held) == pytest.approx(getattr(wide.peak, held), rel=1e-3)
+    assert narrow.trained == wide.trained
+    assert narrow.roles["policy"].trained == wide.roles["policy"].trained
+
+
+def test_a_look_at_more_prompts_than_an_update_has_is_counted():
+    def replying(looked_at: int) -> float:
+        config = PPOConfig(
+            prompts_per_update=64, validation_prompts=looked_at, minibatch_size=4,
+            microbatch_size=1, max_response_tokens=200,
+        )  # fmt: skip
+        need = small_planner().need("ppo", {"ppo": config, "reward": RewardConfig()})
+        assert need.peak.moment == "last token"
+        return need.peak.working
+
+    few, many = replying(64), replying(256)
+    assert replying(4) == few
+    assert many == pytest.approx(4 * few, rel=0.1)
 
 
 def test_a_copy_that_replies_in_bfloat16_holds_what_products_read_in_it_alone():
