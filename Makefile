@@ -19,6 +19,7 @@ PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless an
 
 STAGES := data tokenizer pretrain sft reward ppo evaluate report
 OPTIONAL := reward_guard
+CHAIN := data tokenizer pretrain sft reward reward_guard ppo evaluate report
 
 # Signs that make or the shell would take for their own, and what is left of a number's digits.
 comma := ,
@@ -43,6 +44,15 @@ $(error NPROC must be a whole number of at least 1, got '$(NPROC)')
 endif
 ifneq ($(call no_digits,$(subst $(space),,$(SEEDS))),)
 $(error SEEDS must be whole numbers, got '$(SEEDS)')
+endif
+ifneq ($(filter-out $(CHAIN),$(STAGES)),)
+$(error STAGES must be some of: $(CHAIN); got '$(filter-out $(CHAIN),$(STAGES))')
+endif
+ifeq ($(strip $(STAGES)),)
+$(error STAGES must be some of: $(CHAIN); got none)
+endif
+ifneq ($(filter --dependency% -d% --array% -a%,$(SBATCH) $(SBATCH_GPU)),)
+$(error 'make slurm' says itself what its jobs wait for, and each is one: leave '$(filter --dependency% -d% --array% -a%,$(SBATCH) $(SBATCH_GPU))' out)
 endif
 ifneq ($(ACCELERATE_CONFIG),$(if $(wildcard $(addsuffix /.,$(ACCELERATE_CONFIG))),,$(wildcard $(ACCELERATE_CONFIG))))
 $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))
@@ -120,7 +130,7 @@ echo "$1: job $$$1"
 
 endef
 
-slurm: export JOBS = $(foreach stage,$(STAGES),$(call job,$(stage)))
+slurm: export JOBS = $(foreach stage,$(filter $(STAGES),$(CHAIN)),$(call job,$(stage)))
 slurm: $(venv) ## submit STAGES as Slurm jobs, each after its parents (DRY=1 shows the commands)
 	@{ echo 'mkdir -p $(RUN)/slurm'; printf '%s' "$$JOBS"; } | sed 's/  */ /g; s/^ //; s/ )$$/)/' \
 	  | $(if $(filter-out 0,$(DRY)),cat,sh -eu)

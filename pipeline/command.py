@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from pipeline.config import StageConfig, load
-from pipeline.distributed import end_with, is_main, leave, rank, world_size
+from pipeline.distributed import check_environment, end_with, is_main, leave, rank, world_size
 from pipeline.errors import UpToDate, UserError, first_line
 from pipeline.manifest import remember_recipe
 from pipeline.pretrained import permit
@@ -101,6 +101,7 @@ def _outcome(
     log, forced = logging.getLogger(f"stages.{stage}"), False
     try:
         end_with_launcher()
+        check_environment()
         config = load(config_class, argv, stage=stage)
         forced = config.force
         remember_recipe(config.run_dir, config.recipe)

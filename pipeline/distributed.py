@@ -52,6 +52,11 @@ OFFLOADS = {
 NOT_FLATTENED = "muon needs whole matrices, and DeepSpeed lays them end to end"
 """Why one optimizer does not go with models that DeepSpeed divides."""
 
+PLACE = {"RANK": "0", "WORLD_SIZE": "1"}
+"""Variables that say which of how many processes this is, and what they say where they are not."""
+
+BY_US = "Unset RANK and WORLD_SIZE, and start several processes with: make <stage> NPROC=2"
+
 _together = [0.0]
 """Seconds that this process has been in collectives."""
 
@@ -61,12 +66,28 @@ _ends_with: list[int] = []
 
 def rank() -> int:
     """Returns this process's number among those launched, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _said("RANK", 0)
 
 
 def world_size() -> int:
     """Returns the number of processes that were launched together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _said("WORLD_SIZE", 1)
+
+
+def _said(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
+def check_environment() -> None:
+    """Checks what the environment says of this process's place, if anything.
+
+    Raises:
+        UserError: there is no such place; a cluster's pod may have set it, for other programs.
+    """
+    number, total = (os.environ.get(name, said) for name, said in PLACE.items())
+    if not (number.isdecimal() and total.isdecimal() and int(number) < int(total)):
+        raise UserError(f"the environment says RANK {number} of WORLD_SIZE {total}. {BY_US}")
 
 
 def is_main() -> bool:
@@ -196,9 +217,11 @@ def only_main(config: StageConfig) -> bool:
 
 def _refuse_lonely(config: StageConfig, connected: int) -> None:
     if connected != config.num_processes:
+        mend = f"Run: make <stage> NPROC={config.num_processes}"
+        if connected > config.num_processes:  # by another launcher, or a pod's variable
+            mend = f"WORLD_SIZE in the environment says so. {BY_US}"
         raise UserError(
-            f"num_processes={config.num_processes} asked for, but {connected} connected. "
-            f"Run: make <stage> NPROC={config.num_processes}"
+            f"num_processes={config.num_processes} asked for, but {connected} connected. {mend}"
         )
 
 

@@ -1,6 +1,7 @@
 """The errors a user can mend."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -39,7 +40,7 @@ def first_line(error: BaseException) -> str:
 
 def installing(extra: str) -> str:
     """Returns the command that installs an extra of the pipeline's where it runs."""
-    return f"{sys.executable} -m pip install -c constraints.txt -e '.[{extra}]'"
+    return f"{shlex.quote(sys.executable)} -m pip install -c constraints.txt -e '.[{extra}]'"
 
 
 @contextlib.contextmanager

@@ -185,12 +185,14 @@ class Family:
         name = f"process {self.first + number} of {self.total}"
         if code < 0:
             what = f"{name} was killed by {signal.Signals(-code).name}"
-            hint = "the same command goes on from the last resume point"
+            hint = "the same command goes on from the last resume point (without FORCE=1)"
             if -code == signal.SIGKILL:
                 hint = f"if nobody did, the memory was full; {hint}"
             log.error("\n%s, and the others were ended; %s", what, hint)
         elif code not in TOLD:
-            log.error("%s ended with exit code %d, its message stands above", name, code)
+            gone = [self.first + one for one, found in self.ended.items() if found == 0]
+            early = f"; {gone} had ended before, with exit code 0" if gone else ""
+            log.error("%s ended with exit code %d, its message stands above%s", name, code, early)
         elif others and number:
             log.error("%s failed, and the others were ended", name)
 

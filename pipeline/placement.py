@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.distributed import USE_CPU, num_cores
 from pipeline.errors import UserError, installing, told
+from pipeline.plain_settings import check_yaml
 
 MACHINES = ("NUM_MACHINES", "SLURM_NNODES")
 MACHINE = ("MACHINE_RANK", "SLURM_NODEID")
@@ -102,6 +103,7 @@ def as_configured(path: Path, *, processes: int = 0) -> Placement:
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
+    check_yaml(path, may_be_empty=False)
     with told(f"{path}: accelerate cannot read it"):
         config = load_config_from_file(str(path))
         kind = str(getattr(config.distributed_type, "value", config.distributed_type))
@@ -174,8 +176,8 @@ def _refuse_without_deepspeed(path: Path) -> None:
     if not is_deepspeed_available():
         raise UserError(
             f"{path} asks for DeepSpeed, which is not installed. Run: "
-            f"{installing('deepspeed')}; or use configs/accelerate/fsdp2.yaml, which needs torch "
-            "alone"
+            f"{installing('deepspeed')}; or use configs/accelerate/fsdp2.yaml for GPUs, which "
+            "needs torch alone"
         )
 
 
@@ -187,8 +189,9 @@ def _refuse_missing(path: Path, *, kind: str, here: int) -> None:
     if kind == "MULTI_CPU":
         raise UserError(f"{path}: distributed_type MULTI_CPU needs use_cpu: true")
     if (gpus := torch.cuda.device_count()) < here:
+        fewer = f"Say NPROC={gpus} or less, or use" if gpus else "Use"
         raise UserError(
-            f"{path} asks for {here} GPU(s) on this machine, which has {gpus}. Say NPROC=, or use "
+            f"{path} asks for {here} GPU(s) on this machine, which has {gpus}. {fewer} "
             "configs/accelerate/cpu.yaml"
         )
 

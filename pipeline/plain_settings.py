@@ -20,18 +20,18 @@ LARGEST_INTEGER = 2**53
 """Beyond it a whole number is not the same in every library that reads it."""
 
 
-def check_yaml(path: Path) -> None:
-    """Checks a recipe's file.
+def check_yaml(path: Path, *, may_be_empty: bool = True) -> None:
+    """Checks a file of settings.
 
     Raises:
-        UserError: it is no YAML of `setting: value` lines, a key stands twice, or aliases stand
-            for too much.
+        UserError: it is no YAML of `setting: value` lines, a key stands twice, aliases stand for
+            too much, or it is empty and may not be.
     """
     try:
         root = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not YAML in UTF-8 ({error})") from error
-    if not isinstance(root, yaml.MappingNode | None):
+    if not isinstance(root, yaml.MappingNode | None) or not (root or may_be_empty):
         raise UserError(f"{path} must hold lines of `setting: value`")
     _check_size(root, where=str(path))
     for mapping in _mappings(root):

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class WandB:
         run = self._tracker.run
         offline, folder = run.offline, Path(run.dir).parents[1]
         self._tracker.finish()
-        upload = f"{_program('wandb')} sync {folder}/*-{run.id}"
+        upload = f"{_program('wandb')} sync {shlex.quote(str(folder))}/*-{run.id}"
         return f"wandb was offline; to upload this run: {upload}" if offline else ""
 
 
@@ -175,8 +176,8 @@ class Trackio:
         with _quiet():
             self._tracker.finish()
             trackio.finish()  # else it ends the run once more when the process does, and prints
-        show = f"{_program('trackio')} show --project {self._project}"
-        return f"to see it: TRACKIO_DIR={os.environ['TRACKIO_DIR']} {show}"
+        show = f"{_program('trackio')} show --project {shlex.quote(self._project)}"
+        return f"to see it: TRACKIO_DIR={shlex.quote(os.environ['TRACKIO_DIR'])} {show}"
 
 
 class TensorBoard:
@@ -211,7 +212,7 @@ class TensorBoard:
     def finish(self) -> str:
         """Ends the run; returns how to look at it."""
         self._tracker.finish()
-        return f"to see it: {_program('tensorboard')} --logdir {self._folder}"
+        return f"to see it: {_program('tensorboard')} --logdir {shlex.quote(str(self._folder))}"
 
 
 BOARDS: dict[str, Callable[[TrackedRun], Board]] = {
@@ -274,7 +275,7 @@ def _go_offline(error: Exception, *, must: bool) -> None:
 
 def _program(name: str) -> str:
     """Returns what a shell calls a tracker's program by, also where no venv is activated."""
-    return name if shutil.which(name) else str(Path(sys.executable).with_name(name))
+    return name if shutil.which(name) else shlex.quote(str(Path(sys.executable).with_name(name)))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -3,6 +3,7 @@
 Importable without torch, so that `--help` stays fast; `pipeline.fitting` holds what needs it.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,18 +118,24 @@ class Training:
         """Microbatches that each process adds up before one optimizer step."""
         together = self.microbatch_size * world_size
         if self.minibatch_size % together:
+            smaller = _divisor(self, world_size)
+            multiple = math.ceil(self.minibatch_size / together) * together
+            mend = (
+                f"--training.microbatch_size={smaller} or another size"
+                if smaller
+                else f"--training.minibatch_size={multiple} or another number of processes"
+            )
             raise UserError(
                 f"training.minibatch_size: {self.minibatch_size} is not a multiple of "
-                f"microbatch_size {self.microbatch_size} times {world_size} process(es); "
-                f"use --training.microbatch_size={_divisor(self, world_size)} or another size"
+                f"microbatch_size {self.microbatch_size} times {world_size} process(es); use {mend}"
             )
         return self.minibatch_size // together
 
 
 def _divisor(training: Training, world_size: int) -> int:
-    """Largest microbatch not above the one asked for that divides the minibatch."""
+    """Largest microbatch not above the one asked for that divides the minibatch; 0: none does."""
     sizes = range(min(training.microbatch_size, training.minibatch_size), 0, -1)
-    return next((n for n in sizes if training.minibatch_size % (n * world_size) == 0), 1)
+    return next((n for n in sizes if training.minibatch_size % (n * world_size) == 0), 0)
 
 
 def trainer_arguments(

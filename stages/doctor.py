@@ -11,6 +11,7 @@ Run     make doctor RECIPE=cpu
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.command import INTERRUPTED, USER_MISTAKE, Parser
 from pipeline.config import load, require
+from pipeline.distributed import PLACE
 from pipeline.errors import UserError
 from pipeline.manifest import OPTIONAL, STAGES
 from pipeline.terminal import start_logging
@@ -151,14 +153,14 @@ def parse(argv: Sequence[str] | None) -> Config:
 def run(config: Config) -> int:
     """Prints what the recipe takes and what is wrong; returns 0 when all is well, else 1."""
     from pipeline.doctor.checks import examine
-    from pipeline.doctor.lengths import lengths_of
+    from pipeline.doctor.lengths import looked_at
     from pipeline.doctor.mending import mend
     from pipeline.doctor.needs import Planner
     from pipeline.doctor.text import told
 
     recipe, machine = recipe_of(config), machine_of(config)
     blueprint = recipe.blueprint(packs=not machine.is_gpu)
-    lengths = lengths_of(recipe)
+    lengths, damaged = looked_at(recipe)
     planner = Planner(blueprint=blueprint, machine=machine, ranking=recipe.ranking, lengths=lengths)
     needs = [planner.need(s, recipe.configs) for s in MODELS if s in recipe.configs]
 
@@ -170,6 +172,7 @@ def run(config: Config) -> int:
 
     mending = {need.stage: mended(need) for need in needs if not need.fits}
     findings = examine(recipe, machine, needs, copy=planner.copy_bytes)
+    findings += [finding for finding in damaged if finding not in findings]
     sys.stdout.write(told(recipe, planner, needs=needs, findings=findings, mending=mending) + "\n")
     return int(bool(mending) or any(finding.state == "wrong" for finding in findings))
 
@@ -177,6 +180,8 @@ def run(config: Config) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of the command line."""
     start_logging(logging.WARNING)
+    for name in PLACE:  # it is one process, whatever a cluster's pod says of others
+        os.environ.pop(name, None)
     try:
         return run(parse(argv))
     except UserError as error:

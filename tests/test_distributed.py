@@ -15,6 +15,7 @@ from pipeline import distributed
 from pipeline.config import StageConfig
 from pipeline.errors import UserError
 from pipeline.models import choose_precision
+from stages import data
 
 
 def test_one_process_is_the_main_one():
@@ -37,8 +38,24 @@ def test_a_lonely_process_refuses_to_work_for_two(function):
 
 def test_an_unexpected_companion_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="num_processes=1 asked for, but 2 connected"):
+    with pytest.raises(UserError, match="=1 asked for, but 2 connected.*Unset RANK and WORLD"):
         distributed.only_main(StageConfig())
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ({"RANK": "1"}, "RANK 1 of WORLD_SIZE 1"),
+        ({"WORLD_SIZE": "two"}, "RANK 0 of WORLD_SIZE two"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 of WORLD_SIZE 2"),
+    ],
+)
+def test_a_place_that_there_is_not_ends_a_stage_in_one_line(monkeypatch, caplog, said, place):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pipeline.command.GRACE_SECONDS", 0)
+    assert data.main(["--recipe=smoke"]) == 2
+    assert f"the environment says {place}. Unset RANK and WORLD_SIZE" in caplog.text
 
 
 def test_other_processes_leave_the_work_to_the_main_one(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,29 @@ def test_a_dry_run_shows_the_commands_and_submits_nothing(checkout):
     )
     assert not list((checkout / "jobs").iterdir())
     assert not (checkout / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("SBATCH=--qos=low --dependency=afterok:7", "leave '--dependency=afterok:7' out"),
+        ("SBATCH_GPU=--array=0-3", "leave '--array=0-3' out"),
+        ("STAGES=sft nosuch", "STAGES must be some of: data tokenizer .*; got 'nosuch'"),
+        ("STAGES=ppo,sft", "got 'ppo,sft'"),
+        ("STAGES=", "got none"),
+    ],
+)
+def test_what_would_make_other_jobs_is_refused(checkout, word, message):
+    _, result = submitted(checkout, "DRY=1", word)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr)
+    assert result.stdout == ""
+
+
+def test_stages_are_submitted_in_the_order_of_the_chain(checkout):
+    _, result = submitted(checkout, "DRY=1", "STAGES=evaluate ppo")
+    jobs = [line.partition("=")[0] for line in result.stdout.splitlines() if "sbatch" in line]
+    assert jobs == ["ppo", "evaluate"]
 
 
 def test_ppo_waits_for_the_guard_that_is_named_among_the_stages(checkout):

@@ -1,6 +1,7 @@
 """Training settings, reading order and the arguments they become."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,22 @@ def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
     training = Training(minibatch_size=32, microbatch_size=12)
     with pytest.raises(UserError, match=r"not a multiple of.*--training.microbatch_size=8"):
         training.accumulation(1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "mend"),
+    [
+        ((8, 4), 4, "--training.microbatch_size=2 or another size"),
+        ((8, 4), 3, "--training.minibatch_size=12 or another number of processes"),
+        ((2, 1), 3, "--training.minibatch_size=3 or another number of processes"),
+    ],
+)
+def test_what_is_told_to_mend_sizes_mends_them(sizes, processes, mend):
+    training = Training(minibatch_size=sizes[0], microbatch_size=sizes[1])
+    with pytest.raises(UserError, match=f"use {mend}$"):
+        training.accumulation(processes)
+    name, _, size = mend.split()[0].removeprefix("--training.").partition("=")
+    assert replace(training, **{name: int(size)}).accumulation(processes) >= 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from pipeline.checkpoint import POINT_COPIES
 from pipeline.circumstances import LIBRARIES
-from pipeline.config import require
+from pipeline.config import TRACKERS, require
 from pipeline.distributed import NOT_FLATTENED
 from pipeline.doctor.dividing import asked, refuses, shares_base
 from pipeline.doctor.machine import Machine
@@ -256,11 +257,17 @@ def libraries(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     yield Finding("wrong" if other else "good", text)
     settings = [getattr(config, "lora", config) for config in recipe.configs.values()]
     four_bit = any(getattr(one, "quantise", "none") == "4bit" for one in settings)
-    by_zero = machine.sharding.kind.startswith("zero")
-    wanted = (("bitsandbytes", "qlora", four_bit), ("deepspeed", "deepspeed", by_zero))
-    for name, extra in [(name, extra) for name, extra, is_wanted in wanted if is_wanted]:
-        if importlib.util.find_spec(name) is None:
-            yield Finding("wrong", f"{name} is not installed. Run: {installing(extra)}")
+    trackers = {TRACKERS[name] for config in recipe.configs.values() for name in config.trackers}
+    colocated = recipe.configs["ppo"].engine.name == "vllm_colocate"
+    wanted = {
+        "bitsandbytes": (four_bit, f"Run: {installing('qlora')}"),
+        "deepspeed": (machine.sharding.kind.startswith("zero"), f"Run: {installing('deepspeed')}"),
+        "vllm": (colocated, "docs/engines.md says how, or set ppo.engine.name to native"),
+        **{name: (True, f"Run: {installing(name)}") for name in sorted(trackers - {"wandb"})},
+    }
+    for name, (is_wanted, mend) in wanted.items():
+        if is_wanted and importlib.util.find_spec(name) is None:
+            yield Finding("wrong", f"{name} is not installed. {mend}")
 
 
 def tracking(recipe: Recipe, _machine: Machine) -> Iterator[Finding]:
@@ -285,7 +292,10 @@ def disk(recipe: Recipe, machine: Machine, needs: Sequence[Need], *, copy: float
     text = f"disk: models and resume points take {wanted / 1e9:,.1f} GB"
     if not machine.is_here:
         return Finding("unknown", text)
-    place = next(p for p in (recipe.folder, *recipe.folder.parents) if p.is_dir())
+    place = next(p for p in (recipe.folder, *recipe.folder.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "no folder" if not place.is_dir() else "not writable"
+        return Finding("wrong", f"disk: {place} is {what}. Choose another one with RUN=")
     free = shutil.disk_usage(place).free
     text += f", {free / 1e9:,.1f} are free"
     if free < wanted:

@@ -10,12 +10,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import require
 from pipeline.data.formats import read_rows
-from pipeline.doctor.recipe import TOKENIZER, Recipe
+from pipeline.doctor.checks import Finding
+from pipeline.doctor.recipe import Recipe
+from pipeline.errors import UserError
 from pipeline.instructions import IGNORED, encode_rows
+from pipeline.manifest import MANIFEST, mending_command, read_manifest
 from pipeline.reward.data import encode, read_rankings
 from pipeline.reward.reading import TokenReading
 from pipeline.spacing import evenly_spaced
+from pipeline.storage import inside
 from pipeline.tokenizer import encode_prompt
 
 if TYPE_CHECKING:
@@ -62,6 +67,14 @@ class Lengths:
 UNKNOWN = Lengths()
 
 
+def looked_at(recipe: Recipe) -> tuple[Lengths, list[Finding]]:
+    """Returns how long rows are, and what is wrong with them where they cannot be read."""
+    try:
+        return lengths_of(recipe), []
+    except UserError as error:
+        return UNKNOWN, [Finding("wrong", str(error))]
+
+
 def lengths_of(recipe: Recipe) -> Lengths:
     """Returns how long the rows of a recipe's run are, or `UNKNOWN` before they are there.
 
@@ -71,8 +84,10 @@ def lengths_of(recipe: Recipe) -> Lengths:
     from pipeline.models import load_tokenizer
 
     data, own = recipe.folder / "data", recipe.folder / "tokenizer"
-    if not ((data / "manifest.json").is_file() and (own / TOKENIZER).is_file()):
+    if not all((folder / MANIFEST).is_file() for folder in (data, own)):
         return UNKNOWN
+    for folder in (data, own):
+        _check_whole(folder)
     tokenizer, configs = load_tokenizer(own), recipe.configs
     rows, replies = _conversations(data, tokenizer, limit=configs["sft"].max_length)
     found = {"sft": rows} if rows else {}
@@ -85,6 +100,20 @@ def lengths_of(recipe: Recipe) -> Lengths:
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in _some(data, "prompts")]
     prompt = _mean([len(ids) for ids in prompts], limit=configs["ppo"].max_prompt_tokens)
     return Lengths(rows=found, prompt=prompt, reply=replies)
+
+
+def _check_whole(folder: Path) -> None:
+    """Checks that a finished folder's files are there, by their sizes alone.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, expected in read_manifest(folder)["content"]["files"].items():
+        file = inside(folder, name)
+        require(
+            file.is_file() and file.stat().st_size == expected["size"],
+            f"{file} is missing or was altered. Run: {mending_command(folder)} FORCE=1",
+        )
 
 
 def _conversations(data: Path, tokenizer: "Tokenizer", *, limit: int) -> tuple[float, float]:

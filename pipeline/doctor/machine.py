@@ -5,7 +5,7 @@ What is said here of GPUs is their makers' data; none of it was measured by this
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 from pipeline.config import require
 from pipeline.distributed import num_cores
 from pipeline.errors import told
+from pipeline.plain_settings import check_yaml
 
 GB = 10**9
 UTILISATION = 0.4
 """Share of a GPU's peak that large products reach in training, elementwise work aside."""
-OF_PRODUCTS = {"fp32": 0.7, "bf16": 0.45}
-"""Share of a processor's rate in square products that ppo's training reaches (docs/performance.md,
-"ours, of limit"): what stands between the products counts as much as they do in bfloat16."""
+COPIED = 2**20
+"""Numbers of a tensor by whose copy a processor's bandwidth is measured: about as many as a pass's
+tensors hold, which stay in its caches."""
 GPU_CONTEXT = int(0.8 * GB)
 """What CUDA's context, its libraries and NCCL's buffers take of a GPU."""
 GPU_SLACK = 0.05
@@ -30,6 +31,8 @@ LAUNCH_SECONDS = 8e-6
 """One operation's call and launch from Python."""
 SHORTEST = 1e-6
 """Seconds that a clock can tell from none."""
+SMALLEST = 10**6
+"""Bytes of a device's memory below which a unit was forgotten."""
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12}
 SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -166,7 +169,9 @@ def size_of(words: str) -> int:
         f"--device_memory: a size as in 80GB, got {words!r}",
     )
     assert found is not None
-    return int(float(found[1]) * SIZES[found[2].upper()])
+    size = int(float(found[1]) * SIZES[found[2].upper()])
+    require(size >= SMALLEST, f"--device_memory: a size as in 80GB, got {words!r}: {size} bytes")
+    return size
 
 
 def read_accelerate(path: Path) -> tuple[int, bool, Sharding]:
@@ -177,6 +182,7 @@ def read_accelerate(path: Path) -> tuple[int, bool, Sharding]:
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
+    check_yaml(path, may_be_empty=False)
     with told(f"{path}: accelerate cannot read it"):
         config = load_config_from_file(str(path))
         kind = str(getattr(config.distributed_type, "value", config.distributed_type))
@@ -266,23 +272,23 @@ def has_gpus() -> bool:
 
 
 def measured_rates(threads: int) -> Rates:
-    """Returns what so many threads reach here, going by the fastest small products and copies."""
+    """Returns what so many threads reach here: one thread's small products and copies, times them.
+
+    What several threads do that wait for one another would count as work.
+    """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
-        flops = {dtype: threads * _product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
-        source = torch.ones(2**24)
+        fp32, bf16 = (_product_rate(dtype) for dtype in (torch.float32, torch.bfloat16))
+        source = torch.ones(COPIED)
         target = torch.empty_like(source)
-        seconds = _fastest(lambda: target.copy_(source)) / threads
+        seconds = _fastest(lambda: target.copy_(source))
     finally:
         torch.set_num_threads(before)
-    return Rates(
-        fp32_flops=OF_PRODUCTS["fp32"] * flops[torch.float32],
-        bf16_flops=OF_PRODUCTS["bf16"] * flops[torch.bfloat16],
-        bandwidth=2 * source.numel() * source.element_size() / seconds,
-    )
+    moved = 2 * COPIED * source.element_size()
+    return Rates(fp32_flops=fp32, bf16_flops=bf16, bandwidth=moved / seconds).times(float(threads))
 
 
 def _product_rate(dtype: Any) -> float:
@@ -292,14 +298,14 @@ def _product_rate(dtype: Any) -> float:
     return 2 * 512**3 / _fastest(lambda: left @ right)
 
 
-def _fastest(action: Any) -> float:
-    """Returns the processor's seconds of the fastest of five calls, of all threads together.
+def _fastest(action: Callable[[], Any]) -> float:
+    """Returns the thread's own seconds of the fastest of ten calls.
 
     Other work on the machine is no part of them.
     """
     found = []
-    for _ in range(5):
-        start = time.process_time()
+    for _ in range(10):
+        start = time.thread_time()
         action()
-        found.append(time.process_time() - start)
+        found.append(time.thread_time() - start)
     return max(min(found), SHORTEST)

@@ -31,8 +31,11 @@ def changes(stage: str, configs: Mapping[str, Any], *, machine: Machine) -> Iter
     if fewer:
         yield [*smallest, *fewer[-1]]
     parts = divided(machine, stage, configs).sharding.divides_state
-    for words in _adapters(stage, config, divided=parts):
+    adapters = list(_adapters(stage, config, divided=parts))
+    for words in adapters:
         yield [*smallest, *words]
+    for words in adapters if fewer else []:
+        yield [*smallest, *fewer[-1], *words]
     for word in _other_readings(stage, configs):
         yield [word]
         yield [*smallest, word]

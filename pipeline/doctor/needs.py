@@ -36,6 +36,7 @@ from pipeline.lora import LoRA
 from pipeline.models import choose_precision
 from pipeline.ppo.engine_settings import Engine
 from pipeline.ppo.rollout import MOST_ROWS
+from pipeline.ppo.settings import Settings
 
 LIBRARIES = {"pretrain": 0.54, "sft": 0.58, "reward": 0.60, "reward_guard": 0.60, "ppo": 0.53,
              "evaluate": 0.59}  # fmt: skip
@@ -176,16 +177,7 @@ class Planner:
         mine = math.ceil(config.minibatch_size / self.machine.processes)
         micro = min(config.microbatch_size, mine)
         passes = min(2, math.ceil(mine / micro))
-        settings = replace(
-            config.settings(torch.device("cpu")),
-            precision=self.precision(config.precision),
-            workers=1,
-            engine=Engine(),  # what else samples is not of this process
-            optimisation=replace(config.optimisation, epochs=1, critic_warmup=0, compile=False),
-            advantage=replace(config.advantage, responses_per_prompt=1)
-            if config.advantage.needs_value_model
-            else config.advantage,
-        )
+        settings = _rehearsed(config, precision=self.precision(config.precision))
         replies = Replies(
             rows=rows, prompt=config.max_prompt_tokens, response=config.max_response_tokens
         )
@@ -367,3 +359,16 @@ class Planner:
             base = LIBRARIES[stage] * GB + CPU_SLACK * peak.live
         room = self.machine.room
         return Need(stage=stage, peak=peak, base=base, room=room, seconds=seconds, unit=unit)
+
+
+def _rehearsed(config: Any, *, precision: str) -> Settings:
+    """Returns ppo's settings of an update of one pass over the rows, by one worker."""
+    groups = 1 if config.advantage.needs_value_model else config.advantage.responses_per_prompt
+    return replace(
+        config.settings(torch.device("cpu")),
+        precision=precision,
+        workers=1,
+        engine=Engine(),  # what else samples is not of this process
+        optimisation=replace(config.optimisation, epochs=1, critic_warmup=0, compile=False),
+        advantage=replace(config.advantage, responses_per_prompt=groups),
+    )

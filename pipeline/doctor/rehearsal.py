@@ -5,7 +5,7 @@ Models of two layers and of three are rehearsed: from two on every figure is lin
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -50,6 +50,12 @@ class Replies:
     def prompts(self) -> list[list[int]]:
         """Made-up prompts."""
         return [[WORD] * self.prompt] * self.rows
+
+    def sampled(self) -> tuple[list[list[int]], Sampled]:
+        """Returns them, and made-up replies with their figures."""
+        unknown = [torch.zeros(self.response)] * self.rows
+        figures = {"logprobs": unknown, "entropy": unknown}
+        return self.prompts, Sampled([[WORD] * self.response] * self.rows, figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +244,10 @@ def rehearse_generation(
 
 
 def rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: str) -> None:
-    """Notes the reading of prompts, and the steps of the first tokens and of the last."""
+    """Notes the reading of prompts, and the steps of the first tokens, of the last, of one row's.
+
+    A single row's step says what every step takes, however many rows it is of.
+    """
     stage.ledger.hold(tensors_of(policy))  # of a copy, which was not there before
     with precision_context(precision, CPU):
         numbers = torch.zeros(replies.rows, 1)
@@ -255,8 +264,13 @@ def rehearse_replies(stage: Stage, policy: Any, replies: Replies, *, precision: 
         )
         with narrowed(policy):  # as `generate` holds the weights for all steps
             stage.share()
-            for name, length in (("first token", 2), ("last token", replies.response)):
-                token = _next_token(policy, replies, seen=replies.prompt + length - 1)
+            alone = replace(replies, rows=1)
+            for name, those, length in (
+                ("first token", replies, 2),
+                ("last token", replies, replies.response),
+                ("lone token", alone, replies.response // 2 + 1),
+            ):
+                token = _next_token(policy, those, seen=replies.prompt + length - 1)
                 stage.observe(name, token)
                 del token
 
@@ -309,8 +323,7 @@ def rehearse_ppo(
         loras: the policy's adapter and the reward model's.
         replies: of one worker's batch.
         recomputes: whether layers of what is trained are computed again on the way back.
-        divided: whether roles are divided: a copy of the policy replies, and in bf16 weights are
-            bfloat16 where they are read, with none in float32 beside them.
+        divided: whether a copy of the policy replies, and bf16 roles are bfloat16 throughout.
     """
     critic = settings.advantage.needs_value_model
     narrow = divided and settings.precision == "bf16"
@@ -319,7 +332,6 @@ def rehearse_ppo(
     )
     named = zip(ROLES, (four.policy, four.reference, four.reward_model, four.value), strict=True)
     stage = Stage(ledger, {name: role for name, role in named if role is not None})
-    size = settings.minibatch_size
     text = torch.full((settings.microbatch_size, replies.prompt + replies.response), WORD)
     trainer = PPOTrainer(
         four,
@@ -332,9 +344,7 @@ def rehearse_ppo(
     )
     optimizers = trainer.optimiser.optimizers.values()
     replying = _copied(blueprint, precision=settings.precision) if divided else four.policy
-    prompts, responses = [[WORD] * replies.prompt] * size, [[WORD] * replies.response] * size
-    unknown = [torch.zeros(replies.response)] * size
-    sampled = Sampled(responses, {"logprobs": unknown, "entropy": unknown})
+    prompts, sampled = replace(replies, rows=settings.minibatch_size).sampled()
     with ledger:
         stage.settle(list(optimizers), foreach=not blueprint.packs)
         for optimizer in optimizers:

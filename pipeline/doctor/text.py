@@ -42,7 +42,8 @@ def told(
             [COLUMNS, *(_row(need) for need in needs)], last=[need.peak.moment for need in needs]
         ),
         "",
-        f"Time, estimated, without communication and loading, {_lengths(lengths)}:",
+        "Time, estimated, without loading, communication, validation and saving,",
+        f"{_lengths(lengths)}:",
         *(_time(need) for need in needs),
     ]
     for need in needs:

@@ -10,18 +10,27 @@ from pipeline.doctor.seen import Moment
 Moments = Mapping[str, Moment]
 
 
-def reply_seconds(moments: Moments, config: Any, lengths: Lengths) -> float:
-    """Returns what a batch of replies takes; a token's step grows evenly with what it reads.
+def reply_seconds(moments: Moments, config: Any, lengths: Lengths, *, batches: float) -> float:
+    """Returns what replies take on one process.
+
+    A token's step grows evenly with what it reads. A batch has as many steps as its longest reply,
+    which is taken for the longest that may be; rows that have ended are no part of them.
 
     Args:
-        moments: of replies as long as they may be.
+        moments: of a batch of replies as long as they may be.
         config: of ppo.
-        lengths: of prompts and replies; rows that have ended are no longer computed.
+        lengths: of prompts and replies.
+        batches: of replies, of so many rows as the moments are of; below 1: of one with fewer.
     """
     step = (moments["first token"].seconds + moments["last token"].seconds) / 2
+    once = min(step, moments["lone token"].seconds)  # whatever the rows: weights are read, calls
     read = lengths.prompt_tokens(config.max_prompt_tokens) / config.max_prompt_tokens
-    steps = lengths.reply_tokens(config.max_response_tokens) - 1
-    return read * moments["prefill"].seconds + steps * step
+    said = lengths.reply_tokens(config.max_response_tokens) - 1
+    return (
+        batches * read * moments["prefill"].seconds
+        + math.ceil(batches) * (config.max_response_tokens - 1) * once
+        + batches * said * (step - once)
+    )
 
 
 def step_seconds(moments: Moments, training: Any, *, processes: int, share: float) -> float:
@@ -58,7 +67,7 @@ def update_seconds(
     share = lengths.exchange_share(config) / passes
     learned = math.ceil(mine / micro) * share * moments["optimise"].seconds
     return (
-        rows / batch * reply_seconds(moments, config, lengths)
+        reply_seconds(moments, config, lengths, batches=rows / batch)
         + math.ceil(rows / micro) * share * moments["measure"].seconds
         + steps * (learned + moments["step"].seconds)
     )
@@ -78,8 +87,9 @@ def run_seconds(
     """
     share = lengths.exchange_share(ppo)
     drawn = len(config.draw_rows) * max(config.best_of.sizes, default=0)
-    batches = config.num_prompts / config.batch_size / processes
-    more = drawn / config.batch_size / processes
-    reply = reply_seconds(moments, ppo, lengths) + share * moments["scores"].seconds
+    once, more = (rows / config.batch_size / processes for rows in (config.num_prompts, drawn))
+    replies = 2 * reply_seconds(moments, ppo, lengths, batches=once)
+    replies += reply_seconds(moments, ppo, lengths, batches=more)
     reading = moments["divergence"].seconds + 2 * moments["likelihood"].seconds
-    return (2 * batches + more) * reply + batches * share * reading
+    scoring = (2 * once + more) * moments["scores"].seconds
+    return replies + share * (scoring + once * reading)

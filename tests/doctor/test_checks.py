@@ -249,6 +249,7 @@ def test_other_libraries_than_the_tested_are_named(monkeypatch):
 
 
 def test_libraries_that_settings_need_are_looked_for(monkeypatch):
+    more = of("--ppo.engine.name=vllm_colocate", "--sft.tracking=trackio")
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     measured = of(
         "--pretrain.quantise=4bit", "--pretrain.take_as_is=true", "--pretrain.init_from=a/b"
@@ -261,6 +262,10 @@ def test_libraries_that_settings_need_are_looked_for(monkeypatch):
     assert [one.text for one in found] == [
         f"bitsandbytes is not installed. Run: {install} -e '.[qlora]'",
         f"deepspeed is not installed. Run: {install} -e '.[deepspeed]'",
+    ]
+    assert [one.text for one in list(checks.libraries(more, machine()))[1:]] == [
+        "vllm is not installed. docs/engines.md says how, or set ppo.engine.name to native",
+        f"trackio is not installed. Run: {install} -e '.[trackio]'",
     ]
 
 

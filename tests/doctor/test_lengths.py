@@ -1,12 +1,13 @@
 """Lengths of rows: those that the stages themselves read, or as long as they may be."""
 
 import dataclasses
+import shutil
 from statistics import fmean
 
 import pytest
 
 from pipeline.doctor import lengths
-from pipeline.doctor.lengths import UNKNOWN, Lengths, lengths_of
+from pipeline.doctor.lengths import UNKNOWN, Lengths, lengths_of, looked_at
 from pipeline.instructions import read_examples
 from pipeline.models import load_tokenizer
 from pipeline.ppo.inputs import read_prompts
@@ -74,6 +75,15 @@ def test_some_rows_tell_about_what_all_do(recipe, monkeypatch):
 
 def test_nothing_is_known_before_the_rows_are_there(tmp_path, recipe):
     assert lengths_of(dataclasses.replace(recipe, folder=tmp_path)) == UNKNOWN
+
+
+def test_damaged_rows_are_a_finding_and_nothing_is_known(recipe, folder, tmp_path):
+    other = dataclasses.replace(recipe, folder=shutil.copytree(folder, tmp_path / "run"))
+    assert looked_at(other) == (lengths_of(recipe), [])
+    (other.folder / "data" / "preferences-train.parquet").write_bytes(b"xx")
+    found, [damaged] = looked_at(other)
+    assert (found, damaged.state) == (UNKNOWN, "wrong")
+    assert "preferences-train.parquet is missing or was altered. Run: make data" in damaged.text
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own_reads_other_tokens(recipe):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.doctor import machine
 from pipeline.doctor.machine import Sharding, gpus, read_accelerate, size_of
@@ -12,13 +13,14 @@ ACCELERATE = Path("configs/accelerate")
 
 
 @pytest.mark.parametrize(
-    ("words", "size"), [("80GB", 80 * 10**9), ("40 GiB", 40 * 2**30), ("1.5tb", 1.5e12), ("7", 7)]
+    ("words", "size"),
+    [("80GB", 80 * 10**9), ("40 GiB", 40 * 2**30), ("1.5tb", 1.5e12), ("7000000", 7e6)],
 )
 def test_sizes_are_read(words, size):
     assert size_of(words) == size
 
 
-@pytest.mark.parametrize("words", ["", "GB", "80 apples", "1.2.3GB", ".", "-1GB"])
+@pytest.mark.parametrize("words", ["", "GB", "80 apples", "1.2.3GB", ".", "-1GB", "80"])
 def test_what_is_no_size_is_refused(words):
     with pytest.raises(UserError, match="--device_memory: a size as in 80GB"):
         size_of(words)
@@ -64,9 +66,16 @@ def test_offload_is_read(tmp_path):
 
 
 def test_a_file_that_accelerate_cannot_read_is_one_line(tmp_path):
-    (tmp_path / "bad.yaml").write_text("num_processes: [")
-    with pytest.raises(UserError, match="bad.yaml: accelerate cannot read it"):
-        read_accelerate(tmp_path / "bad.yaml")
+    path = tmp_path / "bad.yaml"
+    for text, words in (
+        ("num_processes: [", "is not YAML in UTF-8 .*line 1"),
+        ("", "must hold lines of `setting: value`"),
+        ("- cpu", "must hold lines of `setting: value`"),
+        ("distributed_type: MANY", ": accelerate cannot read it"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"bad.yaml ?{words}"):
+            read_accelerate(path)
 
 
 def test_processes_share_a_processors_memory_and_not_gpus(monkeypatch):
@@ -98,7 +107,19 @@ def test_measured_rates_are_those_of_real_products():
     assert 1e7 < rates.bandwidth < 1e13
 
 
-def test_of_products_alone_passes_reach_a_share(monkeypatch):
-    monkeypatch.setattr(machine, "_product_rate", lambda _: 1e10)
-    rates = machine.measured_rates(2)
-    assert (rates.fp32_flops, rates.bf16_flops) == (1.4e10, 9e9)
+def test_threads_are_as_fast_as_one_so_many_times(monkeypatch):
+    monkeypatch.setattr(machine, "_fastest", lambda _: 1e-3)
+    one, two = (machine.measured_rates(threads) for threads in (1, 2))
+    products = 2 * 512**3 / 1e-3
+    assert (one.fp32_flops, one.bf16_flops) == (products, products)
+    assert one.bandwidth == 2 * 4 * machine.COPIED / 1e-3
+    assert two == one.times(2.0)
+
+
+def test_rates_are_of_one_thread_that_is_this_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(machine, "_fastest", lambda _: seen.append(torch.get_num_threads()) or 1.0)
+    before = torch.get_num_threads()
+    machine.measured_rates(before + 1)
+    assert seen == [1, 1, 1]
+    assert torch.get_num_threads() == before

@@ -2,7 +2,8 @@
 
 In float64 the weights agree to 1e-9. In float32 to 1e-5: at most four AdamW steps of 3e-3, each
 off by a gradient's rounding (1e-8) over its smallest divisor (epsilon, 1e-5).
-Generation itself is held by test_rollout.py: batch split, order of rows, left padding.
+Generation itself is held by test_rollout.py (batch split, order of rows, left padding), and by
+processes that reply themselves here.
 """
 
 import dataclasses
@@ -182,6 +183,41 @@ def test_processes(size, double, monkeypatch):
     company.work(lambda rank: ranks[rank].update(0))
     for ppo in ranks:
         same(weights(ppo), double=double)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_reply_token_for_token_update_after_update(size, monkeypatch):
+    expected = replies_of_one()  # before there is company
+    company = Company(size)
+    for place in (module, optimiser, scorers):
+        monkeypatch.setattr(place, "distributed", company)
+    ranks, found = [trainer(double=True) for _ in range(size)], [[] for _ in range(size)]
+    for ppo, responses in zip(ranks, found, strict=True):
+        ppo.optimiser.accelerator = company
+        ppo.sample = _remembering(ppo.sample, responses)
+    company.work(lambda rank: [ranks[rank].update(number) for number in range(3)])
+    for responses in found:
+        assert responses == expected
+    assert expected[0] != expected[-1]
+
+
+@functools.cache
+def replies_of_one() -> list[list[list[int]]]:
+    """The responses of three updates by a trainer that knows of no processes."""
+    ppo, found = trainer(double=True), []
+    ppo.sample = _remembering(ppo.sample, found)
+    for number in range(3):
+        ppo.update(number)
+    return found
+
+
+def _remembering(sample, responses):
+    def sampled(*args, **options):
+        result = sample(*args, **options)
+        responses.append(result.responses)
+        return result
+
+    return sampled
 
 
 shared = pytest.mark.parametrize("sharing", ["trunk", "lora"])

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import open_artifact
 from pipeline.errors import UserError
+from pipeline.ppo.keep import kept_rollouts
 from pipeline.ppo.wanted import check_sharding
 from pipeline.storage import read_jsonl
 from stages import data, ppo, tokenizer
@@ -42,6 +44,7 @@ def run_folder(tmp_path_factory):
 
 def words(run, *more):
     sizes = ["--updates=2", "--saving.every=1", "--validate_every=1", "--validation_prompts=5"]
+    sizes.append("--keep_rollout_every=1")
     return ["--recipe=smoke", f"--run={run}", "--tracking=none", "--threads=1", *sizes, *more]
 
 
@@ -72,7 +75,13 @@ def without_the_second_update(run):
     shutil.rmtree(run / "ppo" / "checkpoints" / "step-8")  # four steps an update
 
 
+def first_rollout(run):
+    path = next(iter(kept_rollouts(run / "ppo").values()))
+    return parquet.read_table(path, columns=["token_ids", "mask", "ended"]).to_pydict()
+
+
 def same(run, other):
+    assert first_rollout(run) == first_rollout(other)  # token for token
     assert curves(run)[0] == curves(other)[0]
     assert_close(curves(run)[1], curves(other)[1], tolerance=CURVES)
     for name in ("model.safetensors", "value/model.safetensors"):

@@ -58,8 +58,15 @@ def parents(tmp_path_factory):
 
 def words(folder: Path, stage: str, *, processes: int) -> list[str]:
     """The command line of a stage with adapters."""
-    share = ["--training.microbatch_size=2"] if stage == "sft" else []
-    return [*SMOKE, *FEW, *ADAPTER, *share, f"--run={folder}", f"--num_processes={processes}"]
+    share = "microbatch_size=2" if stage == "sft" else "minibatch_size=4"
+    return [
+        *SMOKE,
+        *FEW,
+        *ADAPTER,
+        f"--training.{share}",
+        f"--run={folder}",
+        f"--num_processes={processes}",
+    ]
 
 
 def alone(folder: Path, stage: str) -> None:
@@ -97,7 +104,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {**load_file(folder / "model.safetensors"), **adapter}
 
 
-@pytest.mark.parametrize(("stage", "processes"), [("sft", 4), ("reward", 2)])
+@pytest.mark.parametrize(("stage", "processes"), [("sft", 4), ("reward", 4)])
 def test_processes_train_the_adapter_that_one_does(parents, tmp_path, stage, processes):
     found = []
     for count in (1, processes):
