@@ -25,6 +25,9 @@ CUBLAS_WORKSPACE = ":4096:8"
 USE_CPU = "ACCELERATE_USE_CPU"
 """Variable by which accelerate's launcher says that processes compute on processors."""
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""Variable from which Accelerate and Trainer take a precision where they are told none."""
+
 SHARDING = {"fsdp2": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
 """Variables by which accelerate's launcher says how models are divided over the processes."""
 
@@ -142,6 +145,7 @@ def setup(config: StageConfig, *, divides: str = "nobody", offloads: bool = Fals
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    os.environ[PRECISION] = "no"  # it is the stage's own setting, whatever a YAML says
     has_gpu = on_gpu()
     backend = {"backend": ON_BOTH} if offloads and has_gpu else {}
     groups = InitProcessGroupKwargs(timeout=PATIENCE, **backend)

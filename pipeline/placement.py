@@ -5,6 +5,7 @@ differs from machine to machine is read here, by our own names or by those that 
 """
 
 import argparse
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from typing import Any
 from pipeline.distributed import USE_CPU, num_cores
 from pipeline.errors import UserError, installing, told
 from pipeline.plain_settings import check_yaml
+
+log = logging.getLogger(__name__)
 
 MACHINES = ("NUM_MACHINES", "SLURM_NNODES")
 MACHINE = ("MACHINE_RANK", "SLURM_NODEID")
@@ -109,6 +112,13 @@ def as_configured(path: Path, *, processes: int = 0) -> Placement:
         kind = str(getattr(config.distributed_type, "value", config.distributed_type))
         machines = int(config.num_machines)
         each = int(config.num_processes) // machines
+        precision = str(getattr(config, "mixed_precision", None) or "no")
+    if precision != "no":
+        log.warning(
+            "%s: mixed_precision %s counts for nothing: precision is a setting of the stages",
+            path,
+            precision,
+        )
     if kind not in SUPPORTED:
         raise UserError(f"{path}: distributed_type {kind} is none of {', '.join(SUPPORTED)}")
     if machines > 1:

@@ -77,6 +77,19 @@ def test_processes_wait_longer_for_the_main_one_than_torch_lets_them(monkeypatch
     assert patience.to_kwargs() == {"timeout": timedelta(hours=1)}
 
 
+def test_precision_is_the_stages_own_whatever_a_launcher_says(monkeypatch, tmp_path):
+    from transformers import TrainingArguments
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    common = {"output_dir": str(tmp_path), "use_cpu": True}
+    asked = {name: {**common, "bf16": name == "bf16"} for name in ("no", "bf16")}
+    assert TrainingArguments(**asked["no"]).mixed_precision == "bf16"  # against which it is
+    distributed.setup(StageConfig())
+    for name, words in asked.items():
+        assert TrainingArguments(**words).mixed_precision == name
+
+
 def test_weights_in_the_processors_memory_are_exchanged_by_gloo(monkeypatch):
     asked = []
 

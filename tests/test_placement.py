@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.distributed import PRECISION
 from pipeline.errors import UserError
 from pipeline.placement import as_configured, launch_arguments, on_processors
 
@@ -19,7 +20,7 @@ def machine(monkeypatch):
     """A machine of eight GPUs that has DeepSpeed, outside of any job."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: True)
-    for name in VARIABLES:
+    for name in (*VARIABLES, PRECISION):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -151,6 +152,16 @@ def test_fields_of_accelerates_own_questions_reach_the_processes(tmp_path, kind,
         }
     assert expected.items() <= found.items()
     assert not {f"ACCELERATE_{name}" for name in absent} & found.keys()
+
+
+def test_a_precision_that_counts_for_nothing_is_told(tmp_path, caplog):
+    as_configured(written(tmp_path, "cpu.yaml"))
+    assert caplog.messages == []
+    as_configured(written(tmp_path, "cpu.yaml", mixed_precision="bf16"))
+    [line] = caplog.messages
+    assert line.endswith(
+        "cpu.yaml: mixed_precision bf16 counts for nothing: precision is a setting of the stages"
+    )
 
 
 def test_the_number_of_one_gpu_may_stand_without_quotes(tmp_path):
