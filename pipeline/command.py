@@ -87,7 +87,7 @@ def command(
     0: done. 2: a mistake the user can mend. 75: asked to stop, and saved; the same command goes on.
     130 and 143: Ctrl-C or SIGTERM where nothing was to be saved.
     """
-    start_logging(logging.INFO)
+    start_logging(logging.INFO if is_main() else logging.WARNING)  # others would say it again
     for noisy in ("httpx", "filelock", "datasets", "transformers", "absl", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a file's milliseconds

@@ -15,6 +15,7 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
+from pipeline.distributed import leave
 
 dist.init_process_group("gloo")
 gathered = [None, None]
@@ -34,6 +35,7 @@ if dist.get_rank() == 0:
             if words[3] == "0A" and f"socket:[{words[9]}]" in inodes:
                 print(table, words[1].split(":")[0], file=sys.stderr)
 dist.barrier()
+leave(0)  # as stages do: Python's own teardown may abort beside gloo's threads
 """
 HEXADECIMAL_LOOPBACK = "0100007F"
 """127.0.0.1 as /proc/net/tcp writes it."""
