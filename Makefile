@@ -17,9 +17,9 @@ SEED = 1##                   seed of the instants at which 'make crash-test' kil
 MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
 PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless another is named
 
-STAGES := data tokenizer pretrain sft reward ppo evaluate report
-OPTIONAL := reward_guard
 CHAIN := data tokenizer pretrain sft reward reward_guard ppo evaluate report
+OPTIONAL := reward_guard
+STAGES := $(filter-out $(OPTIONAL),$(CHAIN))
 
 # Signs that make or the shell would take for their own, and what is left of a number's digits.
 comma := ,
@@ -51,8 +51,9 @@ endif
 ifeq ($(strip $(STAGES)),)
 $(error STAGES must be some of: $(CHAIN); got none)
 endif
-ifneq ($(filter --dependency% -d% --array% -a%,$(SBATCH) $(SBATCH_GPU)),)
-$(error 'make slurm' says itself what its jobs wait for, and each is one: leave '$(filter --dependency% -d% --array% -a%,$(SBATCH) $(SBATCH_GPU))' out)
+refused := $(filter --dependency% -d% --array% -a%,$(SBATCH) $(SBATCH_GPU))
+ifneq ($(refused),)
+$(error 'make slurm' says itself what its jobs wait for, and each is one: leave '$(refused)' out)
 endif
 ifneq ($(ACCELERATE_CONFIG),$(if $(wildcard $(addsuffix /.,$(ACCELERATE_CONFIG))),,$(wildcard $(ACCELERATE_CONFIG))))
 $(error ACCELERATE_CONFIG names no file: $(ACCELERATE_CONFIG))

@@ -59,6 +59,7 @@ PLACE = {"RANK": "0", "WORLD_SIZE": "1"}
 """Variables that say which of how many processes this is, and what they say where they are not."""
 
 BY_US = "Unset RANK and WORLD_SIZE, and start several processes with: make <stage> NPROC=2"
+"""What mends an environment that speaks of processes which this project did not start."""
 
 _together = [0.0]
 """Seconds that this process has been in collectives."""
@@ -69,17 +70,17 @@ _ends_with: list[int] = []
 
 def rank() -> int:
     """Returns this process's number among those launched, from 0."""
-    return _said("RANK", 0)
+    return _said("RANK")
 
 
 def world_size() -> int:
     """Returns the number of processes that were launched together."""
-    return _said("WORLD_SIZE", 1)
+    return _said("WORLD_SIZE")
 
 
-def _said(name: str, default: int) -> int:
+def _said(name: str) -> int:
     value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else default
+    return int(value if value.isdecimal() else PLACE[name])
 
 
 def check_environment() -> None:

@@ -190,9 +190,10 @@ class Family:
                 hint = f"if nobody did, the memory was full; {hint}"
             log.error("\n%s, and the others were ended; %s", what, hint)
         elif code not in TOLD:
-            gone = [self.first + one for one, found in self.ended.items() if found == 0]
-            early = f"; {gone} had ended before, with exit code 0" if gone else ""
-            log.error("%s ended with exit code %d, its message stands above%s", name, code, early)
+            well = [str(self.first + one) for one, found in self.ended.items() if found == 0]
+            others_code = f"; process {', '.join(well)} ended with exit code 0" if well else ""
+            told = "%s ended with exit code %d, its message stands above%s"
+            log.error(told, name, code, others_code)
         elif others and number:
             log.error("%s failed, and the others were ended", name)
 

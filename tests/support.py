@@ -1,6 +1,9 @@
-"""What tests share: tolerances, tiny models, a predictable tokenizer."""
+"""What tests share: tolerances, tiny models, a predictable tokenizer, a home folder."""
 
+import os
 import shutil
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,21 @@ def copy_corpus(folder: Path, run: Path) -> None:
     """Copies data and tokenizer of one run folder into another."""
     for stage in ("data", "tokenizer"):
         shutil.copytree(folder / stage, run / stage)
+
+
+def at_home(
+    *command: str, folder: Path, variables: Mapping[str, str] | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a home folder of a test's own, where no tracker has an account."""
+    accounts = ("WANDB_", "TRACKIO_", "NETRC")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(accounts)}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**inherited, "HOME": str(folder), "PYTHONPATH": str(Path.cwd()), **(variables or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **more,
+    )

@@ -200,6 +200,17 @@ def test_a_process_that_fails_ends_those_that_hear_no_signal(tmp_path, fault, co
     assert said.splitlines()[-1].startswith(line)
 
 
+def test_a_process_that_ended_well_is_told_where_others_waited_for_it(tmp_path):
+    program = "import os, time\ntime.sleep(int(os.environ['RANK']))\nexit(int(os.environ['RANK']))"
+    process = started(tmp_path, program, 2)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == (
+        "process 1 of 2 ended with exit code 1, its message stands above; "
+        "process 0 ended with exit code 0"
+    )
+
+
 def test_others_may_finish_what_they_write_when_one_was_asked_to_stop(tmp_path):
     program = (
         "import os, sys, time\nrank = os.environ['RANK']\n"

@@ -1,10 +1,10 @@
 """The real trackio, in its local database: what a run that was killed and goes on has told it."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.support import at_home
 
 SESSION = """
 import logging, os, signal, sys, time
@@ -34,26 +34,19 @@ TRACKIO = str(Path(sys.executable).with_name("trackio"))
 QUERY = [TRACKIO, "query", "project", "--project", "rlhf-pipeline", "--json", "--sql"]
 
 
-def told(*command: str, folder: Path, **more) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a checkout of a test's own; trackio may write below its `runs` only."""
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("TRACKIO_", "WANDB_"))}
-    variables |= {"HOME": str(folder), "PYTHONPATH": str(Path.cwd()), **more}
-    return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
 def test_a_run_that_was_killed_goes_on_in_trackio_and_no_step_is_there_twice(tmp_path):
-    killed = told(sys.executable, "-c", SESSION, "3", folder=tmp_path)
+    killed = at_home(sys.executable, "-c", SESSION, "3", folder=tmp_path)
     assert (killed.returncode, killed.stdout) == (-9, ""), killed.stderr
-    done = told(sys.executable, "-c", SESSION, folder=tmp_path)
+    done = at_home(sys.executable, "-c", SESSION, folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     where = tmp_path / "runs" / "cpu" / "trackio"
     show = f"to see it: TRACKIO_DIR={where} {{}} show --project rlhf-pipeline"
     assert {show.format("trackio"), show.format(TRACKIO)} & set(done.stderr.splitlines())
 
     def rows(table: str) -> list[dict]:
-        asked = told(*QUERY, f"select * from {table}", folder=tmp_path, TRACKIO_DIR=str(where))
+        asked = at_home(
+            *QUERY, f"select * from {table}", folder=tmp_path, variables={"TRACKIO_DIR": str(where)}
+        )
         assert asked.returncode == 0, asked.stderr
         return json.loads(asked.stdout)["rows"]
 

@@ -4,13 +4,14 @@ In processes of their own, for wandb reads the environment once and keeps what i
 """
 
 import json
-import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 from wandb.proto.wandb_internal_pb2 import Record
+
+from tests.support import at_home
 
 KEY = "0123456789" * 4
 OURS = "machine wandb.example.org:8080\n login user\n password " + KEY
@@ -81,21 +82,6 @@ with begin(config, stage="sft", kind="causal-lm", parents={}) as run:
 """A stage that saves at step 2 and, where it is told to, dies after a step."""
 
 
-def python(program: str, *words: str, folder: Path, **more) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a home folder of a test's own."""
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
-    variables |= {"HOME": str(folder), "PYTHONPATH": str(Path.cwd()), **more.pop("variables", {})}
-    return subprocess.run(
-        [sys.executable, "-c", program, *words],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **more,
-    )
-
-
 def records(path: Path) -> list[Record]:
     """What a run's file holds: LevelDB's log, pieces with 7 bytes before each in blocks of 32 KiB.
 
@@ -130,20 +116,28 @@ def test_a_key_is_found_where_wandb_finds_one(tmp_path):
             (home / name).write_text(text)
         home.mkdir(exist_ok=True)
         asked.append((str(home), variables))
-    done = python(ASKED, folder=tmp_path, input=json.dumps(asked))
+    done = at_home(sys.executable, "-c", ASKED, folder=tmp_path, input=json.dumps(asked))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[found, found] for *_, found in PLACES]
 
 
 def test_an_address_that_is_none_is_told_in_one_line(tmp_path):
     program = "from pipeline.trackers import key_is_configured; key_is_configured()"
-    done = python(program, folder=tmp_path, variables={"WANDB_BASE_URL": "my server"})
+    done = at_home(
+        sys.executable, "-c", program, folder=tmp_path, variables={"WANDB_BASE_URL": "my server"}
+    )
     assert "UserError: WANDB_BASE_URL is no address of a server (" in done.stderr.splitlines()[-1]
 
 
 def test_a_server_that_does_not_answer_leaves_the_run_offline(tmp_path):
     closed = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_API_KEY": KEY}
-    done = python(SESSION, folder=tmp_path, variables=closed | {"WANDB_INIT_TIMEOUT": "1"})
+    done = at_home(
+        sys.executable,
+        "-c",
+        SESSION,
+        folder=tmp_path,
+        variables=closed | {"WANDB_INIT_TIMEOUT": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "it goes on offline" in done.stderr
     assert "wandb was offline; to upload this run: " in done.stderr
@@ -153,11 +147,11 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(tmp_path):
 
 
 def test_a_run_that_goes_on_is_the_same_run_of_wandb(tmp_path):
-    killed = python(SESSION, "3", folder=tmp_path)
+    killed = at_home(sys.executable, "-c", SESSION, "3", folder=tmp_path)
     assert killed.stderr.endswith("killed\n")
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline")  # by `wandb offline`
-    done = python(SESSION, folder=tmp_path, variables={"WANDB_API_KEY": KEY})
+    done = at_home(sys.executable, "-c", SESSION, folder=tmp_path, variables={"WANDB_API_KEY": KEY})
     assert done.returncode == 0, done.stderr
 
     files = sorted((tmp_path / "runs" / "cpu" / "wandb").glob("offline-run-*/*.wandb"))

@@ -3,7 +3,7 @@
 They are read where the run's data and tokenizer are there; else every row counts as long as it may.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import require
-from pipeline.data.formats import read_rows
+from pipeline.data.formats import read_rows, rows_file
 from pipeline.doctor.checks import Finding
 from pipeline.doctor.recipe import Recipe
 from pipeline.errors import UserError
@@ -127,10 +127,7 @@ def _conversations(data: Path, tokenizer: "Tokenizer", *, limit: int) -> tuple[f
 
 def _rankings(data: Path, kind: str, reading: TokenReading, *, config: Any) -> float:
     """Returns the mean tokens of a ranking's texts that fit; packed, they share their prompt."""
-    if not (data / f"{kind}-train.parquet").is_file():
-        return 0.0
-    every = read_rankings(data, kind, split="train")
-    some = [every[index] for index in evenly_spaced(len(every), LOOKED_AT)]
+    some = _some(data, kind, read=read_rankings)
     encoded = encode(some, reading=reading, max_length=config.max_length)
     rows = zip(encoded.sequences, encoded.starts, strict=True)
     return _mean(
@@ -141,11 +138,11 @@ def _rankings(data: Path, kind: str, reading: TokenReading, *, config: Any) -> f
     )
 
 
-def _some(data: Path, kind: str) -> list[dict[str, Any]]:
+def _some(data: Path, kind: str, *, read: Callable[..., list[Any]] = read_rows) -> list[Any]:
     """Returns some training rows of a kind; none where the run has none."""
-    if not (data / f"{kind}-train.parquet").is_file():
+    if not rows_file(data, kind, split="train").is_file():
         return []
-    every = read_rows(data, kind, split="train")
+    every = read(data, kind, split="train")
     return [every[index] for index in evenly_spaced(len(every), LOOKED_AT)]
 
 

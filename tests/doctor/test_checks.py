@@ -1,5 +1,6 @@
 """What the doctor finds wrong beside sizes: every finding, good and bad."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -299,6 +300,17 @@ def test_a_disk_that_is_too_small_is_found(monkeypatch):
         )
         assert checks.disk(of(), here, [one], copy=1000.0).state == state
     assert checks.disk(of(), machine(), [one], copy=1000.0).state == "unknown"
+
+
+def test_a_run_folder_that_cannot_be_made_is_found(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    recipe = dataclasses.replace(of(), folder=tmp_path / "file" / "run")
+    found = checks.disk(recipe, machine(is_here=True), [], copy=1000.0)
+    assert (found.state, "file is no folder. Choose another" in found.text) == ("wrong", True)
+    monkeypatch.setattr(checks.os, "access", lambda *_: False)
+    recipe = dataclasses.replace(of(), folder=tmp_path / "run")
+    found = checks.disk(recipe, machine(is_here=True), [], copy=1000.0)
+    assert found.text == f"disk: {tmp_path} is not writable. Choose another one with RUN="
 
 
 def test_ppo_keeps_its_critic_and_the_policy_that_a_guard_likes_best():

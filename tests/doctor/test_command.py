@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from pipeline.distributed import rank, world_size
 from pipeline.doctor import machine
 from pipeline.doctor.mending import mend
 from pipeline.doctor.need import Need, Peak
@@ -105,6 +106,15 @@ def fixed(monkeypatch, total: float) -> None:
         return Need(stage=stage, peak=peak, base=0.0, room=1e9, seconds=2.0, unit="step", units=30)
 
     monkeypatch.setattr(Planner, "need", need)
+
+
+def test_what_a_pod_says_of_other_processes_is_not_of_this_one(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    monkeypatch.setattr(doctor, "run", lambda _: seen.append((rank(), world_size())) or 0)
+    assert main(["--recipe=smoke"]) == 0
+    assert seen == [(0, 1)]
 
 
 def test_all_is_well(monkeypatch, capsys):

@@ -44,8 +44,8 @@ def run_folder(tmp_path_factory):
 
 def words(run, *more):
     sizes = ["--updates=2", "--saving.every=1", "--validate_every=1", "--validation_prompts=5"]
-    sizes.append("--keep_rollout_every=1")
-    return ["--recipe=smoke", f"--run={run}", "--tracking=none", "--threads=1", *sizes, *more]
+    plain = ["--recipe=smoke", f"--run={run}", "--tracking=none", "--threads=1"]
+    return [*plain, "--keep_rollout_every=1", *sizes, *more]
 
 
 def curves(run):
