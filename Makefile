@@ -17,9 +17,9 @@ SEED = 1##                   seed of the instants at which 'make crash-test' kil
 MODELS = $(RUN)/ppo##        model folders of 'make chat'; two talk side by side
 PYTHON = .venv/bin/python##  interpreter of the stages; .venv is built unless another is named
 
-CHAIN := data tokenizer pretrain sft reward reward_guard ppo evaluate report
+STAGES := data tokenizer pretrain sft reward ppo evaluate report
 OPTIONAL := reward_guard
-STAGES := $(filter-out $(OPTIONAL),$(CHAIN))
+CHAIN := data tokenizer pretrain sft reward reward_guard ppo evaluate report
 
 # Signs that make or the shell would take for their own, and what is left of a number's digits.
 comma := ,
